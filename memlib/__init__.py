@@ -1,0 +1,1 @@
+"""The instruments of the executable book *How Diffusion Models Memorize*."""
