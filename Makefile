@@ -1,7 +1,7 @@
 PYTHON  ?= python3
 PROFILE ?= full
-P       ?=
-MODEL   ?=
+P       =
+MODEL   =
 export PROFILE P MODEL
 
 BIN  := .venv/bin

@@ -1,0 +1,386 @@
+"""Build the book: MyST-Markdown chapters → papermill → jupyter-book. Run by ``make book``.
+
+Everything made lies in ``_build``: per profile, the executed chapters (``executed/``), the folder
+they run in (``work/``), what Sphinx reads (``stage/``); the site of the full profile is
+``_build/html``, that of another profile ``_build/<profile>/html``. What is unchanged is kept:
+a chapter runs again when its code, its parameters, ``memlib``, the lab's data or the pinned
+versions change; new prose alone is merged with the outputs at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class BookError(Exception):
+    """What went wrong and what to do, in one line."""
+
+
+# --- chapters and their parameters ------------------------------------------------------------
+
+
+def read_chapters(root: Path) -> dict:
+    """The notebooks of the table of contents, in its order: name → notebook.
+
+    Pages without a kernel in their front matter are plain Markdown and left out.
+    """
+    import jupytext
+
+    chapters = {}
+    for name in toc_pages(root):
+        path = root / "book" / f"{name}.md"
+        if not path.exists():
+            raise BookError(f"_toc.yml lists {name!r}, but book/{name}.md does not exist")
+        notebook = jupytext.read(path, fmt="md:myst")
+        if "kernelspec" in notebook.metadata:
+            for number, cell in enumerate(notebook.cells):
+                cell["id"] = f"cell-{number}"  # jupytext draws random ones
+            chapters[name] = notebook
+    return chapters
+
+
+def toc_pages(root: Path) -> list[str]:
+    """Page names of ``_toc.yml``, in reading order."""
+    import yaml
+
+    def walk(node):
+        if isinstance(node, dict):
+            yield from (node[key] for key in ("root", "file") if key in node)
+            for key in ("parts", "chapters", "sections"):
+                yield from walk(node.get(key))
+        elif isinstance(node, list):
+            for child in node:
+                yield from walk(child)
+
+    return list(walk(yaml.safe_load((root / "_toc.yml").read_text())))
+
+
+def parameters(name: str, notebook) -> dict:
+    """Names and defaults from the cell tagged ``parameters``: plain literals only."""
+    found = {}
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            for node in ast.parse(cell.source).body:
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                try:
+                    found[target.id] = ast.literal_eval(node.value)
+                except ValueError:
+                    raise BookError(
+                        f"chapter {name!r}: parameter {target.id!r} must be a plain literal"
+                    ) from None
+    return found
+
+
+def choose(defaults: dict, profile: str, profiles: dict, assignments: str, model: str) -> dict:
+    """What to pass to each chapter: the profile's values, then the command line's."""
+    if profile != "full" and profile not in profiles:
+        raise BookError(unknown("profile", profile, ["full", *profiles]))
+    chosen = {name: {} for name in defaults}
+    for chapter, values in profiles.get(profile, {}).items():
+        for key, value in values.items():
+            assign(chosen, defaults, f"{chapter}.{key}", value)
+    pairs = shlex.split(assignments) + ([f"model={model}"] if model else [])
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise BookError(f"{pair!r} is not name=value (quote values that contain spaces)")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        assign(chosen, defaults, key, value)
+    return chosen
+
+
+def assign(chosen: dict, defaults: dict, key: str, value) -> None:
+    """Set ``name`` in every chapter that has it, or ``chapter.name`` in one; refuse unknown ones."""
+    chapter, dot, name = key.rpartition(".")
+    if dot and chapter not in defaults:
+        raise BookError(unknown("chapter", chapter, defaults))
+    targets = {chapter: defaults[chapter]} if dot else defaults
+    if not any(name in known for known in targets.values()):
+        raise BookError(
+            unknown("parameter", name, {k for known in targets.values() for k in known})
+        )
+    value = list(value) if isinstance(value, tuple) else value  # papermill has no tuples
+    for chapter, known in targets.items():
+        if name in known:
+            default = known[name]
+            kind = (list, tuple) if isinstance(default, list | tuple) else type(default)
+            kind = (int, float) if kind is float else kind
+            wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+            if default is not None and wrong:
+                raise BookError(
+                    f"parameter {name!r} of chapter {chapter!r} is a {type(default).__name__} "
+                    f"(like {default!r}), not {value!r}"
+                )
+            chosen[chapter][name] = value
+
+
+def unknown(what: str, name: str, valid) -> str:
+    nearest = difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0)
+    return f"unknown {what} {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+
+
+# --- execution --------------------------------------------------------------------------------
+
+
+def digest(root: Path, notebook, chosen: dict) -> str:
+    """Hash of everything a chapter's outputs depend on."""
+    code = [(c.source, c.metadata.get("tags")) for c in notebook.cells if c.cell_type == "code"]
+    files = [*root.glob("memlib/**/*.py"), *root.glob("memlib/*.mplstyle")]
+    files += [root / "data/lab/SHA256SUMS", root / "constraints.txt"]
+    files = [path for path in files if path != root / "memlib/book.py"]
+    return fingerprint(root, files, json.dumps([code, chosen], sort_keys=True))
+
+
+def fingerprint(root: Path, files, more: str) -> str:
+    total = hashlib.sha256(more.encode())
+    for path in sorted(files):
+        if path.is_file():
+            total.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def execute_chapters(root: Path, profile: str, chapters: dict, chosen: dict) -> list[str]:
+    """Run the chapters whose digest changed, one after the other; return their names."""
+    build = root / "_build" / profile
+    executed = []
+    for number, (name, notebook) in enumerate(chapters.items(), start=1):
+        record = build / "executed" / f"{name}.json"
+        wanted = digest(root, notebook, chosen[name])
+        if record.exists() and json.loads(record.read_text())["digest"] == wanted:
+            continue
+        print(f"[{number}/{len(chapters)}] {name} …", end=" ", flush=True)
+        start = time.monotonic()
+        text = execute(name, notebook, chosen[name], build)
+        seconds = time.monotonic() - start
+        print(f"{seconds:.1f} s", flush=True)
+        write(record.with_suffix(".ipynb"), text)
+        write(record, json.dumps({"digest": wanted, "seconds": round(seconds, 1)}))
+        executed.append(name)
+    return executed
+
+
+def execute(name: str, notebook, chosen: dict, build: Path) -> str:
+    """Run one chapter in a fresh kernel; return the notebook without times and host names."""
+    import jupytext
+    import nbformat
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from traitlets.config import Config
+
+    work, scratch = build / "work", build / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    work.mkdir(exist_ok=True)
+    jupytext.write(notebook, scratch / "in.ipynb")
+    try:
+        result = papermill.execute_notebook(
+            scratch / "in.ipynb",
+            scratch / "out.ipynb",
+            parameters=chosen,
+            kernel_name="python3",
+            language="python",
+            cwd=work,
+            progress_bar=False,
+            config=Config({"KernelManager": {"transport_encryption": "required"}}),
+        )
+    except papermill.PapermillExecutionError as error:
+        raise BookError(failure(name, error, build / f"{name}.traceback.txt")) from None
+    except DeadKernelError:
+        raise BookError(f"chapter {name!r}: the kernel died (out of memory?)") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    result.metadata.pop("papermill", None)
+    for cell in result.cells:
+        for key in ("execution", "papermill"):
+            cell.metadata.pop(key, None)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell["id"] = "injected-parameters"
+            cell.metadata.tags.append("hide-input")
+    return nbformat.writes(result) + "\n"
+
+
+def failure(name: str, error, log: Path) -> str:
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    write(log, plain + "\n")
+    first = error.source.strip().splitlines()[0]
+    reason = f"{error.ename}: {error.evalue}".strip().splitlines()[-1]
+    return (
+        f"chapter {name!r} failed in code cell {error.exec_count} ({first!r}): {reason}"
+        f" · traceback in {os.path.relpath(log)}"
+    )
+
+
+def write(path: Path, text: str) -> None:
+    """Write all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+# --- the site ---------------------------------------------------------------------------------
+
+
+def merge(notebook, executed):
+    """Today's prose and metadata with the outputs of the run."""
+    code = [cell for cell in executed.cells if cell.cell_type == "code"]
+    injected = [cell for cell in code if "injected-parameters" in cell.metadata.get("tags", [])]
+    runs = iter([cell for cell in code if cell not in injected])
+    merged = []
+    for cell in notebook.cells:
+        merged.append(cell)
+        if cell.cell_type == "code":
+            run = next(runs)
+            cell.outputs, cell.execution_count = run.outputs, run.execution_count
+        if "parameters" in cell.metadata.get("tags", []):
+            merged.extend(injected)
+    return {**executed, "cells": merged}
+
+
+def stage(root: Path, profile: str, chapters: dict) -> Path:
+    """Gather what Sphinx reads: executed chapters, plain pages, bibliography, static files."""
+    import nbformat
+
+    folder = root / "_build" / profile / "stage"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(
+        root / "book", folder, ignore=shutil.ignore_patterns("_ext", "*.toml", "__pycache__")
+    )
+    for name, notebook in chapters.items():
+        (folder / f"{name}.md").unlink()
+        executed = nbformat.read(folder.parent / "executed" / f"{name}.ipynb", as_version=4)
+        merged = nbformat.from_dict(merge(notebook, executed))
+        (folder / f"{name}.ipynb").write_text(nbformat.writes(merged) + "\n")
+    return folder
+
+
+def build_site(root: Path, profile: str, chapters: dict) -> Path:
+    """Build the site beside the old one and swap, unless nothing changed; return its folder."""
+    build = root / "_build" / profile
+    site = root / "_build" / "html" if profile == "full" else build / "html"
+    folder = stage(root, profile, chapters)
+    environment = {**os.environ, "BOOK_REPOSITORY": repository(root), "PYTHONHASHSEED": "0"}
+    files = [*folder.rglob("*"), *root.glob("book/_ext/*.py")]
+    files += [root / name for name in ("_config.yml", "_toc.yml", "constraints.txt")]
+    wanted = fingerprint(root, files, environment["BOOK_REPOSITORY"])
+    record = build / "site.digest"
+    if (site / "index.html").exists() and record.exists() and record.read_text() == wanted:
+        return site
+
+    print("[site] …", end=" ", flush=True)
+    start = time.monotonic()
+    output = build / "site"
+    shutil.rmtree(output, ignore_errors=True)
+    command = [Path(sys.executable).parent / "jupyter-book", "build", folder, "--all"]
+    command += ["--config", root / "_config.yml", "--toc", root / "_toc.yml"]
+    command += ["--path-output", output, "-W", "-n", "--keep-going"]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    log = build / "site.log"
+    write(log, run.stdout + run.stderr)
+    if run.returncode:
+        found = re.findall(r"^.*(?:WARNING|ERROR|Error):.*$", run.stdout + run.stderr, re.MULTILINE)
+        lines = [line.replace(f"{folder}/", "") for line in dict.fromkeys(found)]
+        print(*lines[:10], sep="\n", file=sys.stderr)
+        raise BookError(f"the site was not built; all messages are in {os.path.relpath(log)}")
+    write_notebooks(root, chapters, output / "_build/html/notebooks")
+    shutil.rmtree(site, ignore_errors=True)
+    (output / "_build/html").rename(site)
+    shutil.rmtree(output)
+    write(record, wanted)
+    print(f"{time.monotonic() - start:.1f} s", flush=True)
+    return site
+
+
+# --- Colab ------------------------------------------------------------------------------------
+
+
+def repository(root: Path) -> str:
+    """``https://github.com/owner/name`` from ``_config.yml`` or git's origin; '' where unknown."""
+    import yaml
+
+    url = (yaml.safe_load((root / "_config.yml").read_text()).get("repository") or {}).get("url")
+    if not url:
+        git = ["git", "-C", root, "remote", "get-url", "origin"]
+        url = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    match = re.search(r"github\.com[:/]([\w.-]+)/([\w.-]+?)(?:\.git)?/?$", url)
+    return f"https://github.com/{match[1]}/{match[2]}" if match else ""
+
+
+def write_notebooks(root: Path, chapters: dict, folder: Path) -> None:
+    """Unexecuted notebooks for Colab; where the address is known, a first cell installs the book."""
+    import jupytext
+    import nbformat
+
+    folder.mkdir()
+    url = repository(root)
+    git = ["git", "-C", root, "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    for name, chapter in chapters.items():
+        notebook = nbformat.from_dict(json.loads(json.dumps(chapter)))
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        if url:
+            install = nbformat.v4.new_code_cell(
+                "# on Colab: get the book as it was when this page was built, then run all cells\n"
+                f"!test -d /content/book || git clone -q {url} /content/book\n"
+                f"!git -C /content/book checkout -q {commit}\n"
+                "%pip install -q -e /content/book\n"
+                "import sys; sys.path.insert(0, '/content/book')",
+                id="install",
+            )
+            notebook.cells.insert(0, install)
+        jupytext.write(notebook, folder / f"{name}.ipynb")
+
+
+def build(root: Path, profile: str = "full", assignments: str = "", model: str = "") -> Path:
+    """Execute what changed, build the site, return its folder."""
+    chapters = read_chapters(root)
+    defaults = {name: parameters(name, notebook) for name, notebook in chapters.items()}
+    table = root / "book" / "profiles.toml"
+    profiles = tomllib.loads(table.read_text()) if table.exists() else {}
+    chosen = choose(defaults, profile, profiles, assignments, model)
+    execute_chapters(root, profile, chapters, chosen)
+    return build_site(root, profile, chapters)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="memlib.book", description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=ROOT, help="the book's folder")
+    parser.add_argument("--profile", default="full", help="full, or one of book/profiles.toml")
+    parser.add_argument("--set", default="", help='parameters: "name=value chapter.name=value"')
+    parser.add_argument("--model", default="", help="short for --set model=…")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    try:
+        site = build(options.root.resolve(), options.profile, options.set, options.model)
+    except BookError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: finished chapters are kept", file=sys.stderr)
+        return 130
+    print(f"{os.path.relpath(site / 'index.html')} ({time.monotonic() - start:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
