@@ -76,12 +76,13 @@ def parameters(name: str, notebook) -> dict:
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             for node in ast.parse(cell.source).body:
-                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
                 try:
+                    target = node.targets[0] if isinstance(node, ast.Assign) else node.target
                     found[target.id] = ast.literal_eval(node.value)
-                except ValueError:
+                except (AttributeError, ValueError):
                     raise BookError(
-                        f"chapter {name!r}: parameter {target.id!r} must be a plain literal"
+                        f"chapter {name!r}: the parameters cell takes lines name = plain literal, "
+                        f"not {ast.unparse(node)!r}"
                     ) from None
     return found
 
@@ -94,8 +95,11 @@ def choose(defaults: dict, profile: str, profiles: dict, assignments: str, model
     for chapter, values in profiles.get(profile, {}).items():
         for key, value in values.items():
             assign(chosen, defaults, f"{chapter}.{key}", value)
-    pairs = shlex.split(assignments) + ([f"model={model}"] if model else [])
-    for pair in pairs:
+    try:
+        pairs = shlex.split(assignments)
+    except ValueError:
+        raise BookError(f"a quotation mark is not closed in {assignments!r}") from None
+    for pair in [*pairs, *([f"model={model}"] if model else [])]:
         key, equals, text = pair.partition("=")
         if not equals:
             raise BookError(f"{pair!r} is not name=value (quote values that contain spaces)")
@@ -108,14 +112,15 @@ def choose(defaults: dict, profile: str, profiles: dict, assignments: str, model
 
 
 def assign(chosen: dict, defaults: dict, key: str, value) -> None:
-    """Set ``name`` in every chapter that has it, or ``chapter.name`` in one; refuse unknown ones."""
+    """Set ``name`` in every chapter that has it, ``chapter.name`` in one; refuse unknown ones."""
     chapter, dot, name = key.rpartition(".")
     if dot and chapter not in defaults:
         raise BookError(unknown("chapter", chapter, defaults))
     targets = {chapter: defaults[chapter]} if dot else defaults
     if not any(name in known for known in targets.values()):
+        valid = {key for known in targets.values() for key in known}
         raise BookError(
-            unknown("parameter", name, {k for known in targets.values() for k in known})
+            unknown(f"parameter of chapter {chapter!r}" if dot else "parameter", name, valid)
         )
     value = list(value) if isinstance(value, tuple) else value  # papermill has no tuples
     for chapter, known in targets.items():
@@ -126,15 +131,16 @@ def assign(chosen: dict, defaults: dict, key: str, value) -> None:
             wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
             if default is not None and wrong:
                 raise BookError(
-                    f"parameter {name!r} of chapter {chapter!r} is a {type(default).__name__} "
-                    f"(like {default!r}), not {value!r}"
+                    f"parameter {name!r} of chapter {chapter!r} must be of type "
+                    f"{type(default).__name__}, like {default!r}; {value!r} is not"
                 )
             chosen[chapter][name] = value
 
 
 def unknown(what: str, name: str, valid) -> str:
     nearest = difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0)
-    return f"unknown {what} {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+    hint = f"; did you mean {nearest[0]!r}? (valid: {', '.join(sorted(valid))})" if nearest else ""
+    return f"unknown {what}: {name!r}{hint}"
 
 
 # --- execution --------------------------------------------------------------------------------
@@ -168,7 +174,11 @@ def execute_chapters(root: Path, profile: str, chapters: dict, chosen: dict) -> 
             continue
         print(f"[{number}/{len(chapters)}] {name} …", end=" ", flush=True)
         start = time.monotonic()
-        text = execute(name, notebook, chosen[name], build)
+        try:
+            text = execute(name, notebook, chosen[name], build)
+        except BookError:
+            print("failed", flush=True)
+            raise
         seconds = time.monotonic() - start
         print(f"{seconds:.1f} s", flush=True)
         write(record.with_suffix(".ipynb"), text)
@@ -186,6 +196,8 @@ def execute(name: str, notebook, chosen: dict, build: Path) -> str:
     from traitlets.config import Config
 
     work, scratch = build / "work", build / "scratch"
+    log = build / f"{name}.traceback.txt"
+    log.unlink(missing_ok=True)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     work.mkdir(exist_ok=True)
@@ -199,10 +211,17 @@ def execute(name: str, notebook, chosen: dict, build: Path) -> str:
             language="python",
             cwd=work,
             progress_bar=False,
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             config=Config({"KernelManager": {"transport_encryption": "required"}}),
         )
     except papermill.PapermillExecutionError as error:
-        raise BookError(failure(name, error, build / f"{name}.traceback.txt")) from None
+        write(log, uncoloured("\n".join(error.traceback)) + "\n")
+        cell, first = error.exec_count - bool(chosen), error.source.strip().splitlines()[0]
+        reason = (error.evalue.strip().splitlines() or [""])[-1]
+        raise BookError(
+            f"chapter {name!r} failed in code cell {cell} ({first!r}): {error.ename}: {reason}"
+            f" · traceback in {os.path.relpath(log)}"
+        ) from None
     except DeadKernelError:
         raise BookError(f"chapter {name!r}: the kernel died (out of memory?)") from None
     finally:
@@ -214,18 +233,12 @@ def execute(name: str, notebook, chosen: dict, build: Path) -> str:
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell["id"] = "injected-parameters"
             cell.metadata.tags.append("hide-input")
+            cell.metadata["mystnb"] = {"code_prompt_show": "Show the parameters of this run"}
     return nbformat.writes(result) + "\n"
 
 
-def failure(name: str, error, log: Path) -> str:
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
-    write(log, plain + "\n")
-    first = error.source.strip().splitlines()[0]
-    reason = f"{error.ename}: {error.evalue}".strip().splitlines()[-1]
-    return (
-        f"chapter {name!r} failed in code cell {error.exec_count} ({first!r}): {reason}"
-        f" · traceback in {os.path.relpath(log)}"
-    )
+def uncoloured(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def write(path: Path, text: str) -> None:
@@ -294,9 +307,11 @@ def build_site(root: Path, profile: str, chapters: dict) -> Path:
     command += ["--path-output", output, "-W", "-n", "--keep-going"]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     log = build / "site.log"
-    write(log, run.stdout + run.stderr)
+    messages = uncoloured(run.stdout + run.stderr)
+    write(log, messages)
     if run.returncode:
-        found = re.findall(r"^.*(?:WARNING|ERROR|Error):.*$", run.stdout + run.stderr, re.MULTILINE)
+        print("failed", flush=True)
+        found = re.findall(r"^.*(?:WARNING|ERROR|Error):.*$", messages, re.MULTILINE)
         lines = [line.replace(f"{folder}/", "") for line in dict.fromkeys(found)]
         print(*lines[:10], sep="\n", file=sys.stderr)
         raise BookError(f"the site was not built; all messages are in {os.path.relpath(log)}")
@@ -325,7 +340,7 @@ def repository(root: Path) -> str:
 
 
 def write_notebooks(root: Path, chapters: dict, folder: Path) -> None:
-    """Unexecuted notebooks for Colab; where the address is known, a first cell installs the book."""
+    """Unexecuted notebooks for Colab; if the address is known, a first cell installs the book."""
     import jupytext
     import nbformat
 
@@ -373,7 +388,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         site = build(options.root.resolve(), options.profile, options.set, options.model)
     except BookError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted: finished chapters are kept", file=sys.stderr)

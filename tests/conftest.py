@@ -1,0 +1,11 @@
+"""Shared by all tests. Set before torch is imported: two workers, one thread each."""
+
+import os
+
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+from jaxtyping import install_import_hook
+
+# shapes and types of memlib's functions are checked here and nowhere else
+install_import_hook("memlib", "beartype.beartype")

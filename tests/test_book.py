@@ -1,0 +1,173 @@
+"""The driver, on a book of two tiny chapters."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from memlib import book
+
+FRONT = "---\nkernelspec: {name: python3, display_name: Python 3}\n---\n# A chapter\n\nProse.\n\n"
+CELL = "```{{code-cell}} ipython3\n{}\n```\n\n"
+ONE = (
+    FRONT
+    + CELL.format(":tags: [parameters]\nseeds: int = 10\nmodel = 'lab'")
+    + CELL.format("print('ran with', seeds, model)")
+)
+TWO = (
+    FRONT
+    + CELL.format(":tags: [parameters]\ndraws = 16\nmodel = 'lab'\nscales = [1.0]")
+    + CELL.format(
+        "if draws == 7:\n    raise ValueError('first line\\nlast line')\n"
+        "if draws == 8:\n    import os; os._exit(1)\nprint('ran with', draws, scales)"
+    )
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "book").mkdir()
+    (tmp_path / "memlib").mkdir()
+    (tmp_path / "memlib/sample.py").write_text("")
+    (tmp_path / "_toc.yml").write_text(
+        "format: jb-book\nroot: one\nparts: [{chapters: [{file: two}, {file: plain}]}]\n"
+    )
+    (tmp_path / "_config.yml").write_text("repository: {url: ''}\n")
+    (tmp_path / "book/one.md").write_text(ONE)
+    (tmp_path / "book/two.md").write_text(TWO)
+    (tmp_path / "book/plain.md").write_text("# A page without code\n")
+    (tmp_path / "book/profiles.toml").write_text("[smoke]\none.seeds = 2\n")
+    return tmp_path
+
+
+def execute(root: Path, profile: str = "full", assignments: str = "") -> list[str]:
+    """Names of the chapters that ran."""
+    chapters = book.read_chapters(root)
+    defaults = {name: book.parameters(name, notebook) for name, notebook in chapters.items()}
+    profiles = {"smoke": {"one": {"seeds": 2}}}
+    chosen = book.choose(defaults, profile, profiles, assignments, "")
+    return book.execute_chapters(root, profile, chapters, chosen)
+
+
+def outputs(root: Path, name: str, profile: str = "full") -> str:
+    notebook = nbformat.read(root / f"_build/{profile}/executed/{name}.ipynb", as_version=4)
+    return "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong", "nearest"),
+    [
+        (["--profile", "smok"], "smok", "smoke"),
+        (["--set", "seed=3"], "seed", "seeds"),
+        (["--set", "tow.draws=3"], "tow", "two"),
+        (["--set", "two.draw=3"], "draw", "draws"),
+        (["--set", "seeds=many"], "many", "10"),
+        (["--set", "seeds=True"], "True", "10"),
+        (["--set", "seeds"], "seeds", "name=value"),
+        (["--set", "seeds='3"], "seeds='3", "quot"),
+    ],
+)
+def test_a_wrong_name_or_value_is_refused_in_one_line(root, capfd, arguments, wrong, nearest):
+    assert book.main(["--root", str(root), *arguments]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert wrong in err
+    assert nearest in err
+    assert not (root / "_build").exists()
+
+
+def test_a_profile_with_an_unknown_name_is_refused(root, capfd):
+    (root / "book/profiles.toml").write_text("[smoke]\none.sedes = 2\n")
+    assert book.main(["--root", str(root), "--profile", "smoke"]) == 1
+    assert "did you mean 'seeds'?" in capfd.readouterr().err
+
+
+def test_only_what_changed_runs_again(root):
+    assert execute(root) == ["one", "two"]
+    assert execute(root) == []
+    (root / "book/two.md").write_text(TWO.replace("'ran with'", "'RAN with'"))
+    assert execute(root) == ["two"]
+    assert execute(root, assignments="seeds=3") == ["one"]
+    assert outputs(root, "one") == "ran with 3 lab\n"
+    assert execute(root, assignments="seeds=3 model=exact") == ["one", "two"]
+    assert execute(root) == ["one", "two"]
+    (root / "memlib/sample.py").write_text("changed = True")
+    assert execute(root) == ["one", "two"]
+
+
+def test_new_prose_is_shown_with_the_outputs_at_hand(root):
+    execute(root, assignments="seeds=3")
+    (root / "book/one.md").write_text(ONE.replace("Prose.", "Better prose.") + "\nAnd an end.\n")
+    assert execute(root, assignments="seeds=3") == []
+    folder = book.stage(root, "full", book.read_chapters(root))
+    page = nbformat.read(folder / "one.ipynb", as_version=4)
+    text = [cell.source for cell in page.cells if cell.cell_type == "markdown"]
+    assert "Better prose." in text[0]
+    assert text[-1] == "And an end."
+    tags = [cell.metadata.get("tags") for cell in page.cells if cell.cell_type == "code"]
+    assert tags[:2] == [["parameters"], ["injected-parameters", "hide-input"]]
+    assert page.cells[-2].outputs[0].text == "ran with 3 lab\n"
+    assert (folder / "plain.md").exists()
+
+
+def test_profiles_are_kept_apart_and_the_command_line_wins(root):
+    assert execute(root) == ["one", "two"]
+    assert execute(root, "smoke") == ["one", "two"]
+    assert (outputs(root, "one"), outputs(root, "one", "smoke")) == (
+        "ran with 10 lab\n",
+        "ran with 2 lab\n",
+    )
+    assert execute(root, "smoke", "seeds=4 two.scales=(1,2.5)") == ["one", "two"]
+    assert outputs(root, "one", "smoke") == "ran with 4 lab\n"
+    assert outputs(root, "two", "smoke") == "ran with 16 [1, 2.5]\n"
+    assert execute(root) == []
+
+
+@pytest.mark.parametrize(
+    ("draws", "reason"), [(7, "ValueError: last line"), (8, "the kernel died")]
+)
+def test_a_failing_chapter_leaves_the_previous_result(root, draws, reason):
+    execute(root)
+    kept = {path: path.read_bytes() for path in (root / "_build").rglob("*") if path.is_file()}
+    with pytest.raises(book.BookError) as error:
+        execute(root, assignments=f"draws={draws}")
+    assert "chapter 'two'" in str(error.value)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+    left = {path: path.read_bytes() for path in (root / "_build").rglob("*") if path.is_file()}
+    assert {p: b for p, b in left.items() if p.suffix != ".txt"} == kept
+    assert execute(root) == []
+
+
+def test_the_same_run_gives_the_same_bytes(root):
+    execute(root, assignments="seeds=3")
+    path = root / "_build/full/executed/one.ipynb"
+    first = path.read_bytes()
+    path.with_suffix(".json").unlink()
+    assert execute(root, assignments="seeds=3") == ["one"]
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("remote", "expected"),
+    [
+        ("git@github.com:someone/a-book.git", "https://github.com/someone/a-book"),
+        ("https://github.com/someone/a.book/", "https://github.com/someone/a.book"),
+        ("../elsewhere", ""),
+        (None, ""),
+    ],
+)
+def test_colab_needs_an_address(root, remote, expected):
+    subprocess.run(["git", "init", "-q", root], check=True)
+    if remote:
+        subprocess.run(["git", "-C", root, "remote", "add", "origin", remote], check=True)
+    assert book.repository(root) == expected
+    chapters = book.read_chapters(root)
+    book.write_notebooks(root, chapters, root / "notebooks")
+    cells = json.loads((root / "notebooks/one.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    assert bool(expected) == ("git clone" in "".join(cells[0]["source"]))

@@ -1,0 +1,157 @@
+"""The site of the smoke profile in a real browser, from file:// and without a network.
+
+Building it executes every chapter, so this file is also the chapters' test.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from memlib import book
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+FLAGS = "headless no-sandbox disable-gpu disable-background-networking disable-component-update"
+FLAGS += " disable-sync no-first-run hide-scrollbars host-resolver-rules=MAP\u00a0*\u00a0~NOTFOUND"
+
+LOOK = """
+const article = document.querySelector("article") || document.body;
+const images = [...article.querySelectorAll("img")];
+const formulas = [...document.querySelectorAll(".math")];
+const links = [...document.querySelectorAll("a[href]")].map(a => a.href);
+return {
+  unrendered: formulas.filter(m => !m.querySelector("mjx-container")).length,
+  broken: document.querySelectorAll('[data-mml-node="merror"], mjx-merror').length,
+  noalt: images.filter(i => !i.alt.trim() || /_images|\\.png$/.test(i.alt)).map(i => i.src),
+  missing: [...document.images].filter(i => !i.naturalWidth).map(i => i.src),
+  width: document.documentElement.scrollWidth,
+  links: links.filter(href => href.startsWith("file:")),
+  unresolved: (article.innerText.match(/\\{(glue|cite|eq|numref|doc)[^}]*\\}|\\?\\?\\?/g) || []),
+}
+"""
+READY = """
+const done = arguments[arguments.length - 1];
+const maths = window.MathJax && MathJax.startup ? MathJax.startup.promise : Promise.resolve();
+maths.then(() => setTimeout(done, 100));
+"""
+
+
+@pytest.fixture(scope="session")
+def site() -> Path:
+    return book.build(book.ROOT, "smoke")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("chromium and chromedriver are not installed (Debian: chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in FLAGS.split(" "):
+        options.add_argument("--" + flag.replace("\u00a0", " "))
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(60)
+    yield driver
+    driver.quit()
+
+
+def problems(browser, page: Path, width: int = 1280, scheme: str = "light") -> list[str]:
+    """Everything a reader without a network would stumble over."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    for log in ("browser", "performance"):
+        browser.get_log(log)  # forget the page before
+    browser.get(page.as_uri())
+    browser.execute_async_script(READY)
+    seen = browser.execute_script(LOOK)
+    found = [
+        f"console: {entry['message']}"
+        for entry in browser.get_log("browser")
+        if entry["level"] in ("SEVERE", "WARNING")
+    ]
+    for entry in browser.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            url = message["params"]["request"]["url"]
+            if not url.startswith(("file:", "data:", "blob:")):
+                found.append(f"request: {url}")
+    found += [f"{seen[key]} formulas {key}" for key in ("unrendered", "broken") if seen[key]]
+    found += [f"no alternative text: {src}" for src in seen["noalt"]]
+    found += [f"missing image: {src}" for src in seen["missing"]]
+    found += [f"unresolved: {text}" for text in seen["unresolved"]]
+    if seen["width"] > width:
+        found.append(f"{seen['width']} px wide on a screen of {width}")
+    for url in {link.split("#")[0].split("?")[0] for link in seen["links"]}:
+        if not Path(url.removeprefix("file://")).exists():
+            found.append(f"dead link: {url}")
+    return found
+
+
+@pytest.mark.parametrize("page", book.toc_pages(book.ROOT))
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
+def test_a_page_reads_well(site, browser, page, width, scheme):
+    assert problems(browser, site / f"{page}.html", width, scheme) == []
+
+
+def test_the_pages_have_formulas_and_figures(site, browser):
+    """So that the test above looks at something."""
+    formulas = figures = 0
+    for page in book.read_chapters(book.ROOT):
+        problems(browser, site / f"{page}.html")
+        formulas += len(browser.find_elements("css selector", "mjx-container svg"))
+        figures += len(browser.find_elements("css selector", "article figure img"))
+    assert formulas > 20
+    assert figures > 3
+
+
+def test_pages_can_be_reached_and_searched(site, browser):
+    browser.get((site / "index.html").as_uri())
+    links = browser.execute_script("return [...document.links].map(a => a.href.split('#')[0])")
+    for page in book.toc_pages(book.ROOT):
+        assert (site / f"{page}.html").as_uri() in links
+    browser.get((site / "search.html").as_uri() + "?q=guidance")
+    browser.execute_async_script("setTimeout(arguments[0], 1500)")
+    assert browser.find_elements("css selector", "#search-results li a")
+
+
+def test_each_chapter_has_a_description_and_a_notebook_to_run(site):
+    for page in book.read_chapters(book.ROOT):
+        assert 'name="description"' in (site / f"{page}.html").read_text(), page
+        notebook = json.loads((site / f"notebooks/{page}.ipynb").read_text())
+        assert not any(cell.get("outputs") for cell in notebook["cells"])
+
+
+def test_nothing_private_is_in_the_site(site):
+    private = [str(book.ROOT), str(Path.home())]
+    for path in site.rglob("*"):
+        if path.suffix in (".html", ".js", ".ipynb", ".md"):
+            text = path.read_text(errors="replace")
+            assert not [word for word in private if word in text], path
+
+
+def test_a_bad_page_is_found_out(browser, tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text(
+        "<article><img src='https://example.org/a.png' alt='a'><img src='gone.png'>"
+        "<div class='math'>x^2</div><p style='width:2000px'>{glue:text}`n`</p>"
+        "<a href='nowhere.html'>a</a></article><script>undefined.call()</script>"
+    )
+    found = " ".join(problems(browser, page, 390))
+    for word in (
+        "request: https://example.org/a.png",
+        "missing image",
+        "no alternative text",
+        "1 formulas unrendered",
+        "wide on a screen of 390",
+        "unresolved: {glue:text}",
+        "dead link",
+        "console: ",
+    ):
+        assert word in found
