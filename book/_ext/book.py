@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def configure(app, config):
     config.ogp_site_url = config.html_baseurl
     config.ogp_description_length = 0  # it would be raw LaTeX; pages bring their own description
     config.ogp_image = config.html_baseurl + "_static/social.png"
+    config.ogp_custom_meta_tags = ['<meta name="twitter:card" content="summary_large_image" />']
     config.ogp_image_alt = "Noise turns into a picture that was seen too often"
 
 
@@ -48,6 +50,9 @@ def page(app, pagename, templatename, context, doctree):
     url = os.environ.get("BOOK_REPOSITORY", "")
     if not url or doctree is None or "header_buttons" not in context:
         return
+    description = re.search('<meta content="([^"]*)" name="description"', context["metatags"])
+    if description:
+        context["metatags"] += f'<meta property="og:description" content="{description[1]}" />\n'
     owner, name = url.split("/")[-2:]
     buttons = [link("Repository", "fab fa-github", url)]
     if (Path(app.srcdir) / f"{pagename}.ipynb").exists():
