@@ -1,1 +1,24 @@
 """The instruments of the executable book *How Diffusion Models Memorize*."""
+
+from memlib.findings import (
+    deviations,
+    image_error,
+    noise_loss,
+    overestimation,
+    reference_weights,
+    spread,
+    weights,
+    x0_hat,
+)
+from memlib.gram import cosine, inner, norm
+from memlib.models import ExactModel, load
+from memlib.pairs import load_pairs
+from memlib.sample import forward_trace, reverse_trace
+from memlib.severity import severity as similarity
+from memlib.store import recorded
+
+__all__ = [
+    "ExactModel", "cosine", "deviations", "forward_trace", "image_error", "inner", "load",
+    "load_pairs", "noise_loss", "norm", "overestimation", "recorded", "reference_weights",
+    "reverse_trace", "similarity", "spread", "weights", "x0_hat",
+]  # fmt: skip

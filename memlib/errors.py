@@ -1,0 +1,11 @@
+"""One helper for messages about names."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`": did you mean 'ddim'?"` or, where nothing is near, the list of valid names."""
+    valid = [str(v) for v in valid]
+    match = get_close_matches(str(name), valid, 1, 0.5)
+    return f": did you mean {match[0]!r}?" if match else f"; valid are {', '.join(valid)}"

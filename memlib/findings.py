@@ -1,0 +1,157 @@
+r"""The paper's quantities, as functions of a trace.
+
+Shapes: every result has the dims of the trace's `gram` without `vec`: (prompt, seed, step) for a
+reverse trace, (prompt, draw, step) for a forward trace, unless its docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from memlib import schedule
+from memlib.errors import nearest
+from memlib.gram import Combination, add, combination, eps_cfg, inner, least_squares, norm
+
+REFERENCES = ("schedule", "oracle")
+BRANCHES = {"cond": "eps_cond", "uncond": "eps_uncond", "cfg": "eps_cfg"}
+
+
+def x0_hat(trace: xr.Dataset, guidance_scale: float | xr.DataArray | None = None) -> Combination:
+    r"""The estimate of the clean latents, $(x_t-\sqrt{1-\bar\alpha_t}\,\tilde\epsilon)/\sqrt{\bar\alpha_t}$.
+
+    Parameters
+    ----------
+    guidance_scale : any scale, 1 = the conditional and 0 = the unconditional prediction. By
+        default the scale the trace was sampled at. The inputs $x_t$ are those of the trace.
+
+    Returns
+    -------
+    A linear combination of recorded vectors: `norm`, `inner`, `cosine` and `overestimation`
+    work on it. Song et al. 2021, Eq. 9.
+    """
+    if guidance_scale is None:
+        guidance_scale = trace.guidance_scale
+    scale = 1 / np.sqrt(trace.alpha_bar)
+    eps = eps_cfg(guidance_scale)
+    noise = {name: -np.sqrt(1 - trace.alpha_bar) * scale * c for name, c in eps.items()}
+    return {"x_t": scale, **noise}
+
+
+def overestimation(trace: xr.Dataset, guidance_scale: float | None = None) -> xr.DataArray:
+    r"""$k_t=\langle\tilde x_0,x\rangle/\|x\|^2$: how many times the estimate contains the image.
+
+    1 is a perfect estimate; above 1 the training image is overestimated (Kim et al. 2025).
+    """
+    return inner(trace, x0_hat(trace, guidance_scale), "x_0") / inner(trace, "x_0", "x_0")
+
+
+def noise_loss(trace: xr.Dataset, branch: str = "cond") -> xr.DataArray:
+    r"""$\|\epsilon-\epsilon_\theta\|^2/d$ on a forward trace: the training loss of one branch.
+
+    Mean over the d latent numbers, as in training; 1 is what predicting 0 costs.
+    `branch`: ``cond``, ``uncond`` or ``cfg`` (the guided prediction, which is no training loss).
+    """
+    if trace.attrs["direction"] != "forward":
+        raise ValueError(
+            "the training loss needs a forward trace: in a sampled state the true noise is not known"
+        )
+    error = add({"x_T": 1.0}, combination(trace, _branch(branch)), -1.0)
+    return inner(trace, error, error) / trace.attrs["latent_size"]
+
+
+def image_error(trace: xr.Dataset, guidance_scale: float | None = None) -> xr.DataArray:
+    r"""$\|\hat x_0-x\|^2/d$: squared distance of the estimate from the training image, per number."""
+    error = add(x0_hat(trace, guidance_scale), {"x_0": 1.0}, -1.0)
+    return inner(trace, error, error) / trace.attrs["latent_size"]
+
+
+def _branch(branch: str) -> str:
+    if branch not in BRANCHES:
+        raise ValueError(f"unknown branch {branch!r}{nearest(branch, BRANCHES)}")
+    return BRANCHES[branch]
+
+
+def weights(trace: xr.Dataset, basis: str = "x_0") -> xr.Dataset:
+    r"""The decomposition $x_t\approx w_0 x+w_T x_T$ (Kim et al. 2025), by least squares.
+
+    Parameters
+    ----------
+    basis : ``x_0``, the training image, or ``x_gen``, the seed's own result, for prompts
+        whose training image is not known.
+
+    Returns
+    -------
+    Dataset with `w_0`, `w_T` and `residual` (norm of what is left over norm of $x_t$). DDPM adds
+    fresh noise at every update; its accumulated vector is the third component, `w_noise`.
+    """
+    if basis not in ("x_0", "x_gen"):
+        raise ValueError(f"unknown basis {basis!r}{nearest(basis, ('x_0', 'x_gen'))}")
+    names = {basis: "w_0", "x_T": "w_T"}
+    if trace.attrs["sampler"] == "ddpm":
+        names["noise"] = "w_noise"
+    fit, residual = least_squares(trace, "x_t", list(names))
+    parts = {name: fit.sel(vec=vec, drop=True) for vec, name in names.items()}
+    return xr.Dataset({**parts, "residual": residual}, attrs={"basis": basis})
+
+
+def reference_weights(trace: xr.Dataset, reference: str = "schedule") -> xr.Dataset:
+    """What the weights would be: over `step`, same names as `weights`.
+
+    ``schedule``: the paper's square roots of alpha_bar. ``oracle``: a sampler whose every
+    prediction is perfect, which is not the same (see `memlib.schedule.oracle_weights`).
+    """
+    if reference not in REFERENCES:
+        raise ValueError(f"unknown reference {reference!r}{nearest(reference, REFERENCES)}")
+    alpha_bar = trace.alpha_bar.values
+    table = (
+        schedule.schedule_weights(alpha_bar)
+        if reference == "schedule"
+        else schedule.oracle_weights(alpha_bar, trace.attrs["sampler"])
+    )
+    coords = {name: trace[name] for name in ("step", "timestep", "alpha_bar")}
+    return xr.Dataset({k: ("step", v) for k, v in table.items()}, coords, {"reference": reference})
+
+
+def deviations(
+    trace: xr.Dataset,
+    reference: str = "schedule",
+    basis: str = "x_0",
+    first: int | None = None,
+) -> pd.DataFrame:
+    r"""D1, D2 and the severity of each prompt (Kim et al. 2025).
+
+    $D_1=\sum_t(\mathbb E[w_0]-w_0^{ref})$ and $D_2=-\sum_t(\mathbb E[w_T]-w_T^{ref})$, mean over
+    seeds, sum over the states after each update (the `first` so many of them, if given).
+
+    Returns
+    -------
+    One row a prompt: prompt_id, caption, kind, multiplicity, D1, D2, severity (mean over seeds).
+    """
+    after = slice(1, None if first is None else 1 + first)
+    found = weights(trace, basis).mean("seed").isel(step=after)
+    expected = reference_weights(trace, reference).isel(step=after)
+    table = pd.DataFrame({"prompt_id": trace.prompt.values})
+    for name in ("caption", "kind", "multiplicity"):
+        if name in trace.coords:
+            table[name] = trace[name].values
+    table["D1"] = (found.w_0 - expected.w_0).sum("step", skipna=False).values
+    table["D2"] = -(found.w_T - expected.w_T).sum("step", skipna=False).values
+    if "severity" in trace:
+        table["severity"] = trace.severity.mean("seed").values
+    return table
+
+
+def spread(trace: xr.Dataset) -> xr.DataArray:
+    """Mean distance between the seeds of a prompt, over (prompt, step): small = converged."""
+    seeds = trace.sizes["seed"]
+    if seeds < 2:
+        raise ValueError("the spread of seeds needs at least 2 seeds")
+    return trace.pair_distance.sum(("seed", "seed_")) / (seeds * (seeds - 1))
+
+
+__all__ = [
+    "deviations", "image_error", "noise_loss", "norm", "overestimation", "reference_weights",
+    "spread", "weights", "x0_hat",
+]  # fmt: skip

@@ -1,0 +1,108 @@
+"""Prompts and their training images: the manifest as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from memlib.errors import nearest
+
+LAB_PAIRS = Path(__file__).resolve().parents[1] / "data" / "lab" / "pairs.csv"
+READERS = {
+    ".csv": lambda f: pd.read_csv(f, dtype={"caption": str, "prompt_id": str}, keep_default_na=False),
+    ".jsonl": lambda f: pd.read_json(f, lines=True),
+    ".parquet": pd.read_parquet,
+}  # fmt: skip
+
+
+class PairsError(ValueError):
+    """A manifest or an image that cannot be used; the message says which and why."""
+
+
+def load_pairs(source: str | Path = "lab") -> pd.DataFrame:
+    """The prompts of a manifest, one row each, in its order.
+
+    Parameters
+    ----------
+    source : ``lab``, or a CSV, JSON lines or parquet file with a column `caption`. Optional
+        columns: `prompt_id`, `kind`, `multiplicity`, and `image`, a path relative to the manifest.
+
+    Returns
+    -------
+    DataFrame with at least prompt_id (str), caption (str), image (absolute path or "").
+
+    Raises
+    ------
+    PairsError
+        No such manifest, no caption column, empty or duplicate captions, text that is not UTF-8,
+        a missing, unreadable or all-black image.
+    """
+    file = LAB_PAIRS if source == "lab" else Path(source)
+    if not file.is_file():
+        hint = nearest(str(source), ("lab",)) if not file.suffix else ""
+        raise PairsError(f"no manifest {str(source)!r}{hint}")
+    if file.suffix not in READERS:
+        raise PairsError(f"{file.name}: a manifest is one of {', '.join(READERS)}")
+    try:
+        pairs = READERS[file.suffix](file)
+    except UnicodeDecodeError as error:
+        raise PairsError(f"{file.name} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    except (ValueError, OSError) as error:
+        raise PairsError(f"{file.name} cannot be read: {str(error).splitlines()[0]}") from error
+    return check_pairs(pairs, file)
+
+
+def check_pairs(pairs: pd.DataFrame, file: Path) -> pd.DataFrame:
+    """Validate a manifest's rows and images; see `load_pairs`."""
+    where = file.name
+    if "caption" not in pairs:
+        near = nearest("caption", pairs.columns)
+        raise PairsError(f"{where} has no column 'caption'{near}")
+    if pairs.empty:
+        raise PairsError(f"{where} has no rows")
+    pairs = pairs.reset_index(drop=True)
+    blank = pairs.caption.isna() | (pairs.caption.astype(str).str.strip() == "")
+    if blank.any():
+        raise PairsError(f"{where}, row {blank.idxmax() + 1}: the caption is empty")
+    if "prompt_id" not in pairs:
+        pairs.insert(0, "prompt_id", [f"{i:04d}" for i in range(len(pairs))])
+    for column in ("prompt_id", "caption"):
+        twice = pairs[column].duplicated()
+        if twice.any():
+            raise PairsError(
+                f"{where}, row {twice.idxmax() + 1}: {column} {pairs[column][twice.idxmax()]!r} stands twice"
+            )
+    if "image" not in pairs:
+        pairs["image"] = ""
+    pairs["image"] = [
+        str((file.parent / name).resolve()) if name else "" for name in pairs.image.fillna("")
+    ]
+    for name in filter(None, pairs.image):
+        read_image(name, None)
+    return pairs
+
+
+def read_image(file: str | Path, size: int | None) -> np.ndarray:
+    """An image as uint8 [y, x, rgb]: EXIF orientation, RGB, short side to `size`, centre crop.
+
+    Raises
+    ------
+    PairsError
+        The file is missing, cannot be decoded, or is all black (a known placeholder).
+    """
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError as error:
+        raise PairsError(f"image {file} is missing") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise PairsError(f"image {file} cannot be decoded: {str(error).splitlines()[0]}") from error
+    if size is not None and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    picture = np.array(image)
+    if picture.max() == 0:
+        raise PairsError(f"image {file} is all black: a placeholder, not a training image")
+    return picture

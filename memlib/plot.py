@@ -1,0 +1,145 @@
+"""One look for every figure: colours and line styles per meaning, and a few kinds of picture.
+
+Functions take `ax=None` and return the axes. Captions and alt text belong to the chapters.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import xarray as xr
+from PIL import Image
+
+plt.style.use(Path(__file__).with_name("memlib.mplstyle"))
+
+# Okabe and Ito's colours, distinct to colour-blind eyes; a line style each as well.
+GROUPS = {
+    "planted, ≥ 32 copies": ("#D55E00", "-"),
+    "planted, 8-16 copies": ("#E69F00", "--"),
+    "planted, 1-4 copies": ("#56B4E9", "-."),
+    "template": ("#CC79A7", (0, (5, 1, 1, 1, 1, 1))),
+    "control": ("#009E73", (0, (4, 2))),
+    "normal": ("#0072B2", ":"),
+    "held-out": ("#666666", (0, (1, 1))),
+}
+BRANCHES = {
+    "conditional": ("#D55E00", "-"),
+    "unconditional": ("#0072B2", "--"),
+    "guided": ("#009E73", "-."),
+}
+REFERENCES = {"schedule": ("#222222", ":"), "oracle": ("#222222", "--")}
+
+
+def group_of(kind: Sequence[str], multiplicity: Sequence[int]) -> np.ndarray:
+    """The figure group of each prompt: planted pairs by copies, the others by kind."""
+    kind, multiplicity = np.asarray(kind), np.asarray(multiplicity)
+    planted = np.select(
+        [multiplicity >= 32, multiplicity >= 8],
+        ["planted, ≥ 32 copies", "planted, 8-16 copies"],
+        "planted, 1-4 copies",
+    )
+    return np.where(kind == "planted", planted, kind)
+
+
+def groups(trace: xr.Dataset) -> np.ndarray:
+    """`group_of` the prompts of a trace."""
+    return group_of(trace.kind.values, trace.multiplicity.values)
+
+
+def new_axes(width: float = 6.4, height: float = 3.4):
+    return plt.subplots(figsize=(width, height))[1]
+
+
+def bands(
+    values: xr.DataArray, group: np.ndarray, x: np.ndarray, ax=None, show: Sequence[str] = tuple(GROUPS)
+):  # fmt: skip
+    """Median over prompts, and the band from the 10th to the 90th percentile, one line a group.
+
+    `values` has the dims (prompt, step); `x` is the abscissa of each step.
+    """
+    ax = ax or new_axes()
+    for name in show:
+        part = values.values[group == name]
+        if not len(part):
+            continue
+        colour, style = GROUPS[name]
+        low, middle, high = np.nanquantile(part, [0.1, 0.5, 0.9], axis=0)
+        ax.plot(x, middle, color=colour, ls=style, label=f"{name} (n = {len(part)})")
+        ax.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+    return ax
+
+
+def severity_by_multiplicity(table: pd.DataFrame, column: str = "severity", ax=None):
+    """One point a prompt, a bar at each group's median. Columns: kind, multiplicity, `column`."""
+    ax = ax or new_axes(6.4, 3.2)
+    planted = table[table.kind == "planted"]
+    places = [(f"{m}", planted[planted.multiplicity == m]) for m in sorted(planted.multiplicity.unique())]
+    places += [
+        (kind, table[table.kind == kind])
+        for kind in ("template", "control", "normal", "held-out")
+        if (table.kind == kind).any()
+    ]
+    rng = np.random.default_rng(0)
+    for x, (_, part) in enumerate(places):
+        colour = GROUPS[group_of(part.kind, part.multiplicity)[0]][0]
+        ax.plot(x + rng.uniform(-0.16, 0.16, len(part)), part[column], "o", ms=4, alpha=0.65,
+                color=colour, mew=0)  # fmt: skip
+        ax.plot([x - 0.3, x + 0.3], [part[column].median()] * 2, color=colour, lw=2.4)
+    ax.set_xticks(range(len(places)), [name for name, _ in places])
+    for label in ax.get_xticklabels()[-4:]:
+        label.set_rotation(20)
+    ax.set_xlabel("copies of the planted pair in an epoch, and the other kinds")
+    return ax
+
+
+def sheet(
+    rows: Sequence[np.ndarray], labels: Sequence[str], columns: Sequence[str] = (), scale: float = 0.62
+):  # fmt: skip
+    """Pictures in rows: `rows` are uint8 [picture, y, x, rgb], `labels` stand at the left."""
+    count = max(len(row) for row in rows)
+    figure, axes = plt.subplots(
+        len(rows), count, figsize=(count * scale + 1.5, len(rows) * scale), squeeze=False
+    )
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        for j, ax in enumerate(axes[i]):
+            ax.set_axis_off()
+            if j < len(row):
+                ax.imshow(row[j], interpolation="lanczos")
+            if i == 0 and j < len(columns):
+                ax.set_title(columns[j], fontsize=7)
+        axes[i][0].text(-0.12, 0.5, label, transform=axes[i][0].transAxes, ha="right",
+                        va="center", fontsize=7.5)  # fmt: skip
+    return figure
+
+
+def animation(frames: Sequence[np.ndarray], alt: str, milliseconds: int = 90, scale: int = 2):
+    """An animated WebP with a still for readers who asked for less motion; HTML for a page.
+
+    `frames` are uint8 [y, x, rgb]; the last one stays for two seconds and is the still.
+    """
+    from html import escape
+
+    from IPython.display import HTML
+
+    def encode(images, **options) -> str:
+        buffer = io.BytesIO()
+        images[0].save(buffer, "WEBP", quality=80, method=4, **options)
+        return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+    images = [
+        Image.fromarray(f).resize((f.shape[1] * scale, f.shape[0] * scale), Image.Resampling.LANCZOS)
+        for f in frames
+    ]
+    times = [milliseconds] * (len(images) - 1) + [2000]
+    moving = encode(images, save_all=True, append_images=images[1:], duration=times, loop=0)
+    return HTML(
+        f'<picture><source media="(prefers-reduced-motion: reduce)" srcset="{encode(images[-1:])}">'
+        f'<img src="{moving}" alt="{escape(alt)}" style="width:100%;max-width:{images[0].width}px">'
+        "</picture>"
+    )

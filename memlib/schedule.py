@@ -1,0 +1,89 @@
+"""Noise levels of the states of a trajectory, and what a perfect denoiser makes of them.
+
+A trajectory of S updates has S + 1 *states*. State 0 is the initial noise; state i + 1 is what
+update i makes, and it has the noise level of the *next* timestep, not of the one the update was
+computed at. `state_levels` says so once and for all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+
+
+def make_scheduler(config, sampler: str, steps: int, dtype: torch.dtype = torch.float32):
+    """diffusers' scheduler for `sampler` with `steps` timesteps set.
+
+    With ``dtype=torch.float64`` its tables are widened, so that an exact model is followed to
+    machine precision instead of the seven digits of the float32 tables.
+    """
+    from memlib.errors import nearest
+
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}{nearest(sampler, SAMPLERS)}")
+    limit = config["num_train_timesteps"]
+    if not 1 <= steps <= limit:
+        raise ValueError(f"steps={steps} is not possible: the model has {limit} timesteps")
+    scheduler = SAMPLERS[sampler].from_config(config)
+    if dtype == torch.float64:
+        for name in ("betas", "alphas", "alphas_cumprod", "final_alpha_cumprod", "one"):
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, getattr(scheduler, name).double())
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def state_levels(scheduler) -> tuple[np.ndarray, np.ndarray]:
+    r"""Timestep and $\bar\alpha$ of every state, each of length S + 1.
+
+    The last state has timestep -1. Its $\bar\alpha$ is the scheduler's own:
+    ``final_alpha_cumprod`` for DDIM (0.99915 with Stable Diffusion's settings), 1 for DDPM.
+    """
+    timesteps = scheduler.timesteps.cpu().numpy().astype(int)
+    final = getattr(scheduler, "final_alpha_cumprod", None)
+    final = 1.0 if final is None else float(final)
+    table = scheduler.alphas_cumprod.cpu().double().numpy()
+    return np.append(timesteps, -1), np.append(table[timesteps], final)
+
+
+def ddpm_noise_coefficients(alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    r"""Per update, how the fresh noise already in the state is kept, and how much is added.
+
+    $n_{i+1} = a_i n_i + \sigma_i z_i$ with
+    $a=\sqrt{\alpha}\,\frac{1-\bar\alpha_{prev}}{1-\bar\alpha}$ and
+    $\sigma^2=\frac{1-\bar\alpha_{prev}}{1-\bar\alpha}(1-\alpha)$, $\alpha=\bar\alpha/\bar\alpha_{prev}$
+    (Ho et al. 2020, Eq. 7; diffusers' ``fixed_small`` variance).
+    """
+    now, after = alpha_bar[:-1], alpha_bar[1:]
+    alpha, share = now / after, (1 - after) / (1 - now)
+    return np.sqrt(alpha) * share, np.sqrt(share * (1 - alpha))
+
+
+def oracle_weights(alpha_bar: np.ndarray, sampler: str) -> dict[str, np.ndarray]:
+    r"""Coefficients of x_0, x_T (and fresh noise) when every prediction is perfect.
+
+    DDIM keeps the predicted noise, so $w_T=\sqrt{(1-\bar\alpha_t)/(1-\bar\alpha_T)}$.
+    DDPM shrinks it, $w_T=\sqrt{\bar\alpha_T/\bar\alpha_t}\,(1-\bar\alpha_t)/(1-\bar\alpha_T)$, and
+    replaces the rest by fresh noise, whose accumulated vector has coefficient 1.
+    In both, $w_0=\sqrt{\bar\alpha_t}-\sqrt{\bar\alpha_T}\,w_T$: the first state is $x_T$ alone.
+    """
+    start = alpha_bar[0]
+    share = (1 - alpha_bar) / (1 - start)
+    if sampler == "ddim":
+        w_T = np.sqrt(share)
+    elif sampler == "ddpm":
+        w_T = np.sqrt(start / alpha_bar) * share
+    else:
+        raise ValueError(f"no oracle is known for sampler {sampler!r}")
+    weights = {"w_0": np.sqrt(alpha_bar) - np.sqrt(start) * w_T, "w_T": w_T}
+    if sampler == "ddpm":
+        weights["w_noise"] = np.ones_like(w_T)
+    return weights
+
+
+def schedule_weights(alpha_bar: np.ndarray) -> dict[str, np.ndarray]:
+    r"""The paper's reference, $\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ (Kim et al. 2025)."""
+    return {"w_0": np.sqrt(alpha_bar), "w_T": np.sqrt(1 - alpha_bar)}

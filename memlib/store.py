@@ -1,0 +1,79 @@
+"""A cache of traces on disk: what was recorded once is never recorded again."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from filelock import FileLock
+
+from memlib import gram, models, sample, schedule, severity
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def cache_folder() -> Path:
+    """``$MEMLIB_CACHE``, or ``_build/traces`` in a checkout, or ``~/.cache/memlib``."""
+    if "MEMLIB_CACHE" in os.environ:
+        return Path(os.environ["MEMLIB_CACHE"])
+    if (ROOT / "pyproject.toml").exists():
+        return ROOT / "_build" / "traces"
+    return Path.home() / ".cache" / "memlib"
+
+
+def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **settings):
+    """`function(model, pairs, **settings)`, read from the cache when it was recorded before.
+
+    `function` is `reverse_trace` or `forward_trace`. The key covers everything that matters: the
+    weights, the prompts and the bytes of their images, the settings, and the recorder's code.
+    An entry appears under its name only when it is complete, so a killed run leaves none.
+    """
+    key = _key(function, model, pairs, settings)
+    folder = cache_folder() / f"{function.__name__}-{key}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            trace = function(model, pairs, **settings)
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            trace.to_zarr(partial, zarr_format=3, consolidated=False)
+            os.replace(partial, folder)
+        return xr.open_zarr(folder, consolidated=False).load()
+
+
+def _key(function, model, pairs: pd.DataFrame, settings: dict) -> str:
+    bound = inspect.signature(function).bind(model, pairs, **settings)
+    bound.apply_defaults()
+    values = dict(bound.arguments)
+    for unimportant in ("model", "pairs", "progress"):
+        values.pop(unimportant)
+    if callable(values.get("guidance_scale")):
+        values["guidance_scale"] = sample.guidance_values(values["guidance_scale"], values["steps"])
+    columns = [c for c in ("prompt_id", "caption", "kind", "multiplicity") if c in pairs]
+    files = [Path(f) for f in pairs.get("image", pd.Series(dtype=str)) if f]
+    code = "".join(inspect.getsource(m) for m in (gram, models, sample, schedule, severity))
+    parts = [
+        function.__name__,
+        model.fingerprint,
+        json.dumps(values, default=_plain, sort_keys=True),
+        pairs[columns].to_csv(index=False),
+        *(hashlib.sha256(f.read_bytes()).hexdigest() for f in files),
+        code,
+        *(version(p) for p in ("torch", "diffusers", "transformers")),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def _plain(value):
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return list(value)
