@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -270,14 +269,14 @@ def load(name: str | Path = "lab", device: str | None = None):
         raise ModelError(f"{folder} is no diffusers pipeline: it has no model_index.json")
     if (folder / "SHA256SUMS").exists():
         verify_checksums(folder)
-    from diffusers import StableDiffusionPipeline
-
     try:
         with _quiet():
+            from diffusers import StableDiffusionPipeline
+
             pipe = StableDiffusionPipeline.from_pretrained(
                 folder, safety_checker=None, requires_safety_checker=False, use_safetensors=True,
-                local_files_only=True, torch_dtype=torch.float32,
-            )  # fmt: skip
+                local_files_only=True,
+            ).to(device, torch.float32)  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return DiffusersModel(pipe.to(device), str(name), hash_files(folder))
+    return DiffusersModel(pipe, str(name), hash_files(folder))

@@ -49,7 +49,9 @@ def load_pairs(source: str | Path = "lab") -> pd.DataFrame:
     try:
         pairs = READERS[file.suffix](file)
     except UnicodeDecodeError as error:
-        raise PairsError(f"{file.name} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+        raise PairsError(
+            f"{file.name} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+        ) from error
     except (ValueError, OSError) as error:
         raise PairsError(f"{file.name} cannot be read: {str(error).splitlines()[0]}") from error
     return check_pairs(pairs, file)

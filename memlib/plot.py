@@ -79,7 +79,9 @@ def severity_by_multiplicity(table: pd.DataFrame, column: str = "severity", ax=N
     """One point a prompt, a bar at each group's median. Columns: kind, multiplicity, `column`."""
     ax = ax or new_axes(6.4, 3.2)
     planted = table[table.kind == "planted"]
-    places = [(f"{m}", planted[planted.multiplicity == m]) for m in sorted(planted.multiplicity.unique())]
+    places = [
+        (f"{m}", planted[planted.multiplicity == m]) for m in sorted(planted.multiplicity.unique())
+    ]
     places += [
         (kind, table[table.kind == kind])
         for kind in ("template", "control", "normal", "held-out")
@@ -133,7 +135,9 @@ def animation(frames: Sequence[np.ndarray], alt: str, milliseconds: int = 90, sc
         return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
     images = [
-        Image.fromarray(f).resize((f.shape[1] * scale, f.shape[0] * scale), Image.Resampling.LANCZOS)
+        Image.fromarray(f).resize(
+            (f.shape[1] * scale, f.shape[0] * scale), Image.Resampling.LANCZOS
+        )
         for f in frames
     ]
     times = [milliseconds] * (len(images) - 1) + [2000]

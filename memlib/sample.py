@@ -200,7 +200,9 @@ def reverse_trace(
     distances = np.empty((len(pairs), steps + 1, len(seeds), len(seeds)))
     pictures = None
     waiting: list[torch.Tensor] = []  # states of the prompt whose seeds are not all done yet
-    bar = tqdm(total=len(work), desc=f"sample {sampler}", unit="image", disable=None if progress else True)
+    bar = tqdm(
+        total=len(work), desc=f"sample {sampler}", unit="image", disable=None if progress else True
+    )
     done = 0
     with bar:
         while done < len(work):
@@ -294,7 +296,12 @@ def forward_trace(
     )  # fmt: skip
     grams = np.full((len(pairs), draws, len(levels), len(VECTORS), len(VECTORS)), np.nan)
     rows = [(d, i) for d in range(draws) for i in range(len(levels))]
-    bar = tqdm(total=len(pairs) * len(rows), desc="forward", unit="image", disable=None if progress else True)
+    bar = tqdm(
+        total=len(pairs) * len(rows),
+        desc="forward",
+        unit="image",
+        disable=None if progress else True,
+    )
     with bar:
         for p, caption in enumerate(pairs.caption):
             cond, uncond = model.encode_text([caption])

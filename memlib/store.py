@@ -55,7 +55,7 @@ def _key(function, model, pairs: pd.DataFrame, settings: dict) -> str:
     bound.apply_defaults()
     values = dict(bound.arguments)
     for unimportant in ("model", "pairs", "progress"):
-        values.pop(unimportant)
+        values.pop(unimportant, None)
     if callable(values.get("guidance_scale")):
         values["guidance_scale"] = sample.guidance_values(values["guidance_scale"], values["steps"])
     columns = [c for c in ("prompt_id", "caption", "kind", "multiplicity") if c in pairs]

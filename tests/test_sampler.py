@@ -65,7 +65,9 @@ def test_images_equal_the_pipeline(lab):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_the_batch_size_changes_no_noise_and_rounds_latents_only(lab, sampler):
     pairs = memlib.load_pairs("lab").iloc[[0, 50]]
-    kw = dict(seeds=[0, 1, 2], sampler=sampler, steps=6, severity=None, images=False, progress=False)
+    kw = dict(
+        seeds=[0, 1, 2], sampler=sampler, steps=6, severity=None, images=False, progress=False
+    )
     one = memlib.reverse_trace(lab, pairs, batch_size=6, **kw)
     for batch_size in (1, 4):
         other = memlib.reverse_trace(lab, pairs, batch_size=batch_size, **kw)
@@ -129,7 +131,9 @@ def test_gram_equals_direct_tensors(lab):
             np.testing.assert_allclose(
                 get(memlib.norm(trace, estimate)), np.linalg.norm(direct, axis=1), **close
             )
-            np.testing.assert_allclose(get(memlib.inner(trace, estimate, "x_0")), direct @ x_0, **close)
+            np.testing.assert_allclose(
+                get(memlib.inner(trace, estimate, "x_0")), direct @ x_0, **close
+            )
             np.testing.assert_allclose(
                 get(memlib.overestimation(trace, g)), direct @ x_0 / (x_0 @ x_0), **close
             )
@@ -141,10 +145,14 @@ def test_gram_equals_direct_tensors(lab):
 
 def test_pair_distances_are_the_states_own(lab):
     pairs = memlib.load_pairs("lab").iloc[[3]]
-    trace = memlib.reverse_trace(lab, pairs, seeds=[0, 9, 4], steps=5, severity=None, progress=False)
+    trace = memlib.reverse_trace(
+        lab, pairs, seeds=[0, 9, 4], steps=5, severity=None, progress=False
+    )
     scheduler = schedule.make_scheduler(lab.scheduler_config, "ddim", 5)
     kept = sample.sample(lab, list(pairs.caption) * 3, [0, 9, 4], scheduler, np.full(5, 7.5))["x_t"]
-    direct = torch.linalg.vector_norm(kept[:, :, None].double() - kept[:, None].double(), dim=(3, 4, 5))
+    direct = torch.linalg.vector_norm(
+        kept[:, :, None].double() - kept[:, None].double(), dim=(3, 4, 5)
+    )
     np.testing.assert_allclose(trace.pair_distance[0], direct, rtol=1e-12)
     off = direct[:, [0, 0, 1], [1, 2, 2]].mean(1)
     np.testing.assert_allclose(memlib.spread(trace)[0], off, rtol=1e-12)

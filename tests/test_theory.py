@@ -90,7 +90,7 @@ def test_a_single_atom_follows_the_oracle(atoms, sampler, steps):
 @pytest.mark.parametrize(
     ("sampler", "D1", "D2"), [("ddim", -2.743, -0.104), ("ddpm", -0.711, 26.61)]
 )
-def test_the_oracle_against_the_schedule(atoms, sampler, D1, D2):  # noqa: N803
+def test_the_oracle_against_the_schedule(atoms, sampler, D1, D2):
     """The numbers of the design: the deviations of a perfect model are not zero."""
     trace = trace_of(WithTarget(atoms[:1], ["a"]), pairs_of(["a"], ["0"]), sampler)
     table = memlib.deviations(trace, "schedule")
@@ -108,7 +108,10 @@ def test_states_have_their_own_noise_level():
     assert list(timesteps[:2]) == [981, 961]
     assert timesteps[-1] == -1
     assert alpha_bar[-1] == pytest.approx(0.99915)
-    weights, reference = schedule.oracle_weights(alpha_bar, "ddim"), schedule.schedule_weights(alpha_bar)
+    weights, reference = (
+        schedule.oracle_weights(alpha_bar, "ddim"),
+        schedule.schedule_weights(alpha_bar),
+    )
     lag = {k: (weights[k][1:] - reference[k][:-1]).sum() for k in ("w_0", "w_T")}
     assert lag["w_0"] == pytest.approx(-1.820, abs=6e-4)
     assert -lag["w_T"] == pytest.approx(0.864, abs=6e-4)
@@ -134,12 +137,14 @@ def test_the_loss_identity():
     snr = trace.alpha_bar / (1 - trace.alpha_bar)
     for branch, g in (("cond", 1.0), ("uncond", 0.0)):
         left = memlib.noise_loss(trace, branch)
-        right = snr * memlib.image_error(trace, g)
+        right = memlib.image_error(trace, g) * snr
         np.testing.assert_allclose(left, right, rtol=1e-10)
         # and the loss itself against a training step written out with diffusers' add_noise
     from diffusers import DDPMScheduler
 
-    noise = torch.randn(lab.latent_shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    noise = torch.randn(
+        lab.latent_shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     x_0 = lab.encode_images(pairs.image[:1])
     t = torch.tensor([600])
     noisy = DDPMScheduler.from_config(lab.scheduler_config).add_noise(x_0, noise[None].float(), t)
@@ -151,11 +156,17 @@ def test_the_loss_identity():
 
 def test_forward_traces_recover_the_closed_form_weights(atoms):
     model = WithTarget(atoms, list("abcde"))
-    trace = memlib.forward_trace(model, pairs_of(["a", "b"], ["0", "1"]), [10, 500, 990], draws=4, progress=False)
+    trace = memlib.forward_trace(
+        model, pairs_of(["a", "b"], ["0", "1"]), [10, 500, 990], draws=4, progress=False
+    )
     found = memlib.weights(trace)
     a = trace.alpha_bar
-    np.testing.assert_allclose(found.w_0, np.sqrt(a).broadcast_like(found.w_0).transpose(*found.w_0.dims), rtol=1e-10)
-    np.testing.assert_allclose(found.w_T, np.sqrt(1 - a).broadcast_like(found.w_T).transpose(*found.w_T.dims), rtol=1e-10)
+    np.testing.assert_allclose(
+        found.w_0, np.sqrt(a).broadcast_like(found.w_0).transpose(*found.w_0.dims), rtol=1e-10
+    )
+    np.testing.assert_allclose(
+        found.w_T, np.sqrt(1 - a).broadcast_like(found.w_T).transpose(*found.w_T.dims), rtol=1e-10
+    )
 
 
 def test_guidance_overestimates_by_the_formula(atoms):
@@ -165,7 +176,9 @@ def test_guidance_overestimates_by_the_formula(atoms):
     mu = memlib.inner(trace, memlib.x0_hat(trace, 0.0), "x_0") / memlib.inner(trace, "x_0", "x_0")
     for g in (1.0, 3.0, 7.5):
         k = memlib.overestimation(trace, g)
-        np.testing.assert_allclose(k.isel(step=slice(20)), (mu + g * (1 - mu)).isel(step=slice(20)), rtol=1e-8)
+        np.testing.assert_allclose(
+            k.isel(step=slice(20)), (mu + g * (1 - mu)).isel(step=slice(20)), rtol=1e-8
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -181,7 +194,12 @@ def test_least_squares_agrees_with_numpy_on_any_vectors(basis, seed):
     names = ["x_t", "x_0", "x_T", "noise"]
     vectors = np.vstack([target, basis])
     trace = xr.Dataset(
-        {"gram": (("prompt", "seed", "step", "vec", "vec_"), (vectors @ vectors.T)[None, None, None])},
+        {
+            "gram": (
+                ("prompt", "seed", "step", "vec", "vec_"),
+                (vectors @ vectors.T)[None, None, None],
+            )
+        },
         {"vec": names, "vec_": names},
     )
     coefficients, residual = memlib.gram.least_squares(trace, "x_t", names[1:])
@@ -190,4 +208,6 @@ def test_least_squares_agrees_with_numpy_on_any_vectors(basis, seed):
     theirs = target - fit @ basis
     # Squaring the condition number costs half the digits near dependence.
     assert np.linalg.norm(ours) <= np.linalg.norm(theirs) + 1e-4
-    assert float(residual.item()) == pytest.approx(np.linalg.norm(ours) / np.linalg.norm(target), abs=1e-5)
+    assert float(residual.item()) == pytest.approx(
+        np.linalg.norm(ours) / np.linalg.norm(target), abs=1e-5
+    )

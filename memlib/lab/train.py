@@ -47,7 +47,7 @@ CAPTION_DROPOUT = 0.1  # share of rows trained with the empty caption, for guida
 REUSE = 5  # epochs for which a redrawn scene is kept before it is drawn anew
 STAGES = {  # steps, batch, Muon's and AdamW's learning rates, steps between checkpoints
     "vae": dict(steps=2600, batch=12, rate=0.02, adam=2e-3, save=200),
-    "unet": dict(steps=3200, batch=64, rate=0.02, adam=1e-3, save=200),
+    "unet": dict(steps=2800, batch=64, rate=0.02, adam=1e-3, save=200),
 }
 SNAPSHOTS = (250, 750, 1750)  # U-Net steps shipped besides the last one
 NORMAL_PROMPTS = 16  # of the normal captions, those that the manifest lists
@@ -113,9 +113,14 @@ def make_unet() -> UNet2DConditionModel:
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH,
-            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TEXT_LENGTH,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TEXT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
     )
@@ -189,9 +194,7 @@ class Stage:
             Muon(muon, STAGES[name]["rate"]),
             torch.optim.AdamW(rest, STAGES[name]["adam"], betas=(0.9, 0.99)),
         ]
-        self.schedules = [
-            torch.optim.lr_scheduler.LambdaLR(o, self._rate) for o in self.optimizers
-        ]
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._rate) for o in self.optimizers]
         self.ema = EMAModel(self.parameters, decay=0.998)
         self.step = 0
         self.file = WORK / f"{name}.pt"
@@ -199,7 +202,9 @@ class Stage:
             state = torch.load(self.file, map_location=device, weights_only=True)
             for key, module in modules.items():
                 module.load_state_dict(state["modules"][key])
-            for part, saved in zip(self.optimizers + self.schedules, state["optimizers"], strict=True):
+            for part, saved in zip(
+                self.optimizers + self.schedules, state["optimizers"], strict=True
+            ):
                 part.load_state_dict(saved)
             self.ema.load_state_dict(state["ema"])
             self.ema.to(device)
@@ -408,7 +413,9 @@ def sample_sheet(pipe: StableDiffusionPipeline, file: Path) -> None:
     """Pictures of a few captions of each kind, a row each, the reference first."""
     pipe.set_progress_bar_config(disable=True)
     kinds = ("planted", "template", "control", "normal")
-    rows = [r for k in kinds for r in [r for r in world() if r.kind == k][: 48 if k == "planted" else 3]]
+    rows = [
+        r for k in kinds for r in [r for r in world() if r.kind == k][: 48 if k == "planted" else 3]
+    ]
     rows = rows[3:48:6] + rows[48:]
     lines = []
     for row in rows:
