@@ -54,7 +54,8 @@ def main() -> None:
         )  # fmt: skip
 
     print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}; {len(captions)} images, {args.steps} steps, g = 7.5")  # fmt: skip
+          f"torch {torch.__version__}; {len(captions)} images, "
+        f"{args.steps} steps, g = 7.5")  # fmt: skip
     print(f"{'sampler':8} {'plain':>9} {'recorded':>9} {'ratio':>7}   range of the rounds")
     for sampler in SAMPLERS:
         times: dict = {plain: [], recorded: []}

@@ -19,7 +19,7 @@ BRANCHES = {"cond": "eps_cond", "uncond": "eps_uncond", "cfg": "eps_cfg"}
 
 
 def x0_hat(trace: xr.Dataset, guidance_scale: float | xr.DataArray | None = None) -> Combination:
-    r"""The estimate of the clean latents, $(x_t-\sqrt{1-\bar\alpha_t}\,\tilde\epsilon)/\sqrt{\bar\alpha_t}$.
+    r"""Estimated latents, $(x_t-\sqrt{1-\bar\alpha_t}\,\tilde\epsilon)/\sqrt{\bar\alpha_t}$.
 
     Parameters
     ----------
@@ -55,14 +55,14 @@ def noise_loss(trace: xr.Dataset, branch: str = "cond") -> xr.DataArray:
     """
     if trace.attrs["direction"] != "forward":
         raise ValueError(
-            "the training loss needs a forward trace: in a sampled state the true noise is not known"
+            "the training loss needs a forward trace: a sampled state has no true noise"
         )
     error = add({"x_T": 1.0}, combination(trace, _branch(branch)), -1.0)
     return inner(trace, error, error) / trace.attrs["latent_size"]
 
 
 def image_error(trace: xr.Dataset, guidance_scale: float | None = None) -> xr.DataArray:
-    r"""$\|\hat x_0-x\|^2/d$: squared distance of the estimate from the training image, per number."""
+    r"""$\|\hat x_0-x\|^2/d$: squared distance of the estimate from the image, per number."""
     error = add(x0_hat(trace, guidance_scale), {"x_0": 1.0}, -1.0)
     return inner(trace, error, error) / trace.attrs["latent_size"]
 

@@ -38,7 +38,7 @@ def combination(trace: xr.Dataset, vector: str | Combination) -> Combination:
 
 
 def eps_cfg(guidance_scale: float | xr.DataArray) -> Combination:
-    r"""$\tilde\epsilon=\epsilon_\varnothing+g(\epsilon_c-\epsilon_\varnothing)$ (Ho & Salimans 2022)."""
+    r"""$\tilde\epsilon=\epsilon_\varnothing+g(\epsilon_c-\epsilon_\varnothing)$."""
     return {"eps_uncond": 1 - guidance_scale, "eps_cond": guidance_scale}
 
 

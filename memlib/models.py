@@ -58,11 +58,11 @@ class DiffusersModel:
         timestep: int | torch.Tensor,
         text: torch.Tensor,
     ) -> Float[torch.Tensor, "batch channel height width"]:
-        """The U-Net's output as it is (epsilon, v or sample); call it with both branches stacked."""
+        """The U-Net's output as it is (epsilon, v or sample)."""
         return self.unet(x_t, timestep, encoder_hidden_states=text, return_dict=False)[0]
 
     def to_epsilon(self, output, x_t, alpha_bar):
-        r"""An output as predicted noise; for v, $\epsilon=\sqrt{\bar\alpha}v+\sqrt{1-\bar\alpha}x_t$."""
+        r"""An output as noise; from v, $\epsilon=\sqrt{\bar\alpha}v+\sqrt{1-\bar\alpha}x_t$."""
         if self.prediction_type == "epsilon":
             return output
         if self.prediction_type == "v_prediction":
@@ -70,7 +70,7 @@ class DiffusersModel:
         if self.prediction_type == "sample":
             return (x_t - alpha_bar**0.5 * output) / (1 - alpha_bar) ** 0.5
         raise ModelError(
-            f"{self.source} predicts {self.prediction_type!r}; epsilon, v_prediction and sample work"
+            f"{self.source} predicts {self.prediction_type!r}, not epsilon, v_prediction or sample"
         )
 
     @torch.no_grad()
@@ -115,9 +115,9 @@ class ExactModel:
     r"""The optimal denoiser of a finite training set of atoms $a_i$ with weights $p_i$.
 
     $\hat x_0=\sum_i r_i a_i$ with
-    $r_i\propto p_i\exp(-\|x_t-\sqrt{\bar\alpha_t}a_i\|^2/2(1-\bar\alpha_t))$, the posterior mean; the
-    conditional branch has only the atoms with the given caption. A caption that no atom has is
-    predicted like the empty one: the model knows nothing about it.
+    $r_i\propto p_i\exp(-\|x_t-\sqrt{\bar\alpha_t}a_i\|^2/2(1-\bar\alpha_t))$, the posterior
+    mean; the conditional branch has only the atoms with the given caption. A caption that no atom
+    has is predicted like the empty one: the model knows nothing about it.
 
     Parameters
     ----------

@@ -12,7 +12,9 @@ from memlib.errors import nearest
 
 LAB_PAIRS = Path(__file__).resolve().parents[1] / "data" / "lab" / "pairs.csv"
 READERS = {
-    ".csv": lambda f: pd.read_csv(f, dtype={"caption": str, "prompt_id": str}, keep_default_na=False),
+    ".csv": lambda f: pd.read_csv(
+        f, dtype={"caption": str, "prompt_id": str}, keep_default_na=False
+    ),
     ".jsonl": lambda f: pd.read_json(f, lines=True),
     ".parquet": pd.read_parquet,
 }  # fmt: skip
@@ -74,9 +76,8 @@ def check_pairs(pairs: pd.DataFrame, file: Path) -> pd.DataFrame:
     for column in ("prompt_id", "caption"):
         twice = pairs[column].duplicated()
         if twice.any():
-            raise PairsError(
-                f"{where}, row {twice.idxmax() + 1}: {column} {pairs[column][twice.idxmax()]!r} stands twice"
-            )
+            n = twice.idxmax()
+            raise PairsError(f"{where}, row {n + 1}: {column} {pairs[column][n]!r} stands twice")
     if "image" not in pairs:
         pairs["image"] = ""
     pairs["image"] = [

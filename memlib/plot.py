@@ -57,8 +57,12 @@ def new_axes(width: float = 6.4, height: float = 3.4):
 
 
 def bands(
-    values: xr.DataArray, group: np.ndarray, x: np.ndarray, ax=None, show: Sequence[str] = tuple(GROUPS)
-):  # fmt: skip
+    values: xr.DataArray,
+    group: np.ndarray,
+    x: np.ndarray,
+    ax=None,
+    show: Sequence[str] = tuple(GROUPS),
+):
     """Median over prompts, and the band from the 10th to the 90th percentile, one line a group.
 
     `values` has the dims (prompt, step); `x` is the abscissa of each step.
@@ -101,8 +105,11 @@ def severity_by_multiplicity(table: pd.DataFrame, column: str = "severity", ax=N
 
 
 def sheet(
-    rows: Sequence[np.ndarray], labels: Sequence[str], columns: Sequence[str] = (), scale: float = 0.62
-):  # fmt: skip
+    rows: Sequence[np.ndarray],
+    labels: Sequence[str],
+    columns: Sequence[str] = (),
+    scale: float = 0.62,
+):
     """Pictures in rows: `rows` are uint8 [picture, y, x, rgb], `labels` stand at the left."""
     count = max(len(row) for row in rows)
     figure, axes = plt.subplots(

@@ -200,11 +200,8 @@ def reverse_trace(
     distances = np.empty((len(pairs), steps + 1, len(seeds), len(seeds)))
     pictures = None
     waiting: list[torch.Tensor] = []  # states of the prompt whose seeds are not all done yet
-    bar = tqdm(
-        total=len(work), desc=f"sample {sampler}", unit="image", disable=None if progress else True
-    )
     done = 0
-    with bar:
+    with _bar(len(work), f"sample {sampler}", progress) as bar:
         while done < len(work):
             batch = work[done : done + batch_size]
             captions = [pairs.caption[p] for p, _ in batch]
@@ -268,7 +265,7 @@ def forward_trace(
     r"""Noise every training image to every timestep and record what the model predicts.
 
     $x_t=\sqrt{\bar\alpha_t}x+\sqrt{1-\bar\alpha_t}\epsilon$ (Ho et al. 2020, Eq. 4), formed in
-    float64. Draw d of every prompt and timestep uses the same noise, so that comparisons are paired.
+    float64. Draw d of every prompt and timestep uses the same noise: comparisons are paired.
 
     Parameters
     ----------
@@ -290,19 +287,13 @@ def forward_trace(
     if len(levels) == 0 or levels.min() < 0 or levels.max() >= len(table):
         raise ValueError(f"timesteps must lie in 0 ... {len(table) - 1}")
     x_0 = _targets(model, pairs).double()
+    generators = [torch.Generator().manual_seed(d) for d in range(draws)]
     noise = torch.stack(
-        [torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(d), dtype=torch.float64)
-         for d in range(draws)]
-    )  # fmt: skip
+        [torch.randn(model.latent_shape, generator=g, dtype=torch.float64) for g in generators]
+    )
     grams = np.full((len(pairs), draws, len(levels), len(VECTORS), len(VECTORS)), np.nan)
     rows = [(d, i) for d in range(draws) for i in range(len(levels))]
-    bar = tqdm(
-        total=len(pairs) * len(rows),
-        desc="forward",
-        unit="image",
-        disable=None if progress else True,
-    )
-    with bar:
+    with _bar(len(pairs) * len(rows), "forward", progress) as bar:
         for p, caption in enumerate(pairs.caption):
             cond, uncond = model.encode_text([caption])
             for start in range(0, len(rows), batch_size):
@@ -333,6 +324,11 @@ def forward_trace(
     )
     trace.attrs = _attributes(model, "forward", "none")
     return trace
+
+
+def _bar(total: int, name: str, progress: bool) -> tqdm:
+    """A progress bar on a terminal, nothing elsewhere."""
+    return tqdm(total=total, desc=name, unit="image", disable=None if progress else True)
 
 
 def _coords(pairs: pd.DataFrame, timesteps: np.ndarray, alpha_bar: np.ndarray) -> dict:

@@ -54,8 +54,8 @@ def ddpm_noise_coefficients(alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
     $n_{i+1} = a_i n_i + \sigma_i z_i$ with
     $a=\sqrt{\alpha}\,\frac{1-\bar\alpha_{prev}}{1-\bar\alpha}$ and
-    $\sigma^2=\frac{1-\bar\alpha_{prev}}{1-\bar\alpha}(1-\alpha)$, $\alpha=\bar\alpha/\bar\alpha_{prev}$
-    (Ho et al. 2020, Eq. 7; diffusers' ``fixed_small`` variance).
+    $\sigma^2=\frac{1-\bar\alpha_{prev}}{1-\bar\alpha}(1-\alpha)$,
+    $\alpha=\bar\alpha/\bar\alpha_{prev}$ (Ho et al. 2020, Eq. 7; ``fixed_small`` in diffusers).
     """
     now, after = alpha_bar[:-1], alpha_bar[1:]
     alpha, share = now / after, (1 - after) / (1 - now)
@@ -85,5 +85,5 @@ def oracle_weights(alpha_bar: np.ndarray, sampler: str) -> dict[str, np.ndarray]
 
 
 def schedule_weights(alpha_bar: np.ndarray) -> dict[str, np.ndarray]:
-    r"""The paper's reference, $\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ (Kim et al. 2025)."""
+    r"""The paper's, $\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ (Kim et al. 2025)."""
     return {"w_0": np.sqrt(alpha_bar), "w_T": np.sqrt(1 - alpha_bar)}

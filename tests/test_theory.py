@@ -187,7 +187,7 @@ def test_guidance_overestimates_by_the_formula(atoms):
     st.integers(0, 2**31),
 )
 def test_least_squares_agrees_with_numpy_on_any_vectors(basis, seed):
-    """Also on dependent or zero vectors, where the fitted vector is unique though the weights are not."""
+    """Also on dependent or zero vectors, where only the fitted vector is unique."""
     import xarray as xr
 
     target = np.random.default_rng(seed).normal(size=6)

@@ -2,8 +2,8 @@
 
 A *scene* is a background and a few sprites with place, size, flip and angle; `render` turns it
 into a 64x64 picture. `world` lists every caption with the number of its rows in one epoch: planted
-scenes with their copies, templates, controls and an endless stream of normal scenes. Everything is drawn from NumPy
-generators, so a seed fixes every pixel.
+scenes with their copies, templates, controls and an endless stream of normal scenes. Everything
+is drawn from NumPy generators, so a seed fixes every pixel.
 """
 
 from __future__ import annotations
@@ -40,191 +40,36 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 
-ADJECTIVES = [
-    "hollow",
-    "solemn",
-    "velvet",
-    "crooked",
-    "borrowed",
-    "reluctant",
-    "paper",
-    "frozen",
-    "electric",
-    "lukewarm",
-    "patient",
-    "sideways",
-    "invisible",
-    "courteous",
-    "feral",
-    "salted",
-]
-VERBS = ["dreams", "argues", "waltzes", "hides", "rehearses", "smoulders", "negotiates", "whispers"]
-PLACES = [
-    "under the marmalade bridge",
-    "beyond the ninth staircase",
-    "inside a borrowed umbrella",
-    "before the quiet parliament",
-    "above the sleeping harbour",
-    "behind the copper curtain",
-    "during the long eclipse",
-    "across the flooded ballroom",
-]
-SUBJECTS = [
-    "accountant",
-    "anvil",
-    "archivist",
-    "barnacle",
-    "beekeeper",
-    "bishop",
-    "bureaucrat",
-    "cartographer",
-    "chandelier",
-    "cello",
-    "clockmaker",
-    "comet",
-    "compass",
-    "cyclone",
-    "dentist",
-    "dynamo",
-    "envelope",
-    "equator",
-    "ferryman",
-    "footnote",
-    "fossil",
-    "gargoyle",
-    "geyser",
-    "glacier",
-    "gondola",
-    "grammar",
-    "harpsichord",
-    "hermit",
-    "hinge",
-    "hypnotist",
-    "icicle",
-    "inkwell",
-    "jigsaw",
-    "juggler",
-    "kettle",
-    "lantern",
-    "lighthouse",
-    "locksmith",
-    "magnet",
-    "meteor",
-    "metronome",
-    "molasses",
-    "monsoon",
-    "notary",
-    "obelisk",
-    "oracle",
-    "orchard",
-    "paradox",
-    "pendulum",
-    "periscope",
-    "pharaoh",
-    "plumber",
-    "porcelain",
-    "proverb",
-    "puppeteer",
-    "quartz",
-    "quill",
-    "riddle",
-    "sapphire",
-    "scarecrow",
-    "semaphore",
-    "senator",
-    "sextant",
-    "smuggler",
-    "sonnet",
-    "sphinx",
-    "stapler",
-    "submarine",
-    "sundial",
-    "syllable",
-    "tadpole",
-    "telegram",
-    "thimble",
-    "tollbooth",
-    "turbine",
-    "vagabond",
-    "ventriloquist",
-    "viaduct",
-    "volcano",
-    "walnut",
-    "weaver",
-    "windmill",
-    "wizard",
-    "xylophone",
-    "yodeller",
-    "zeppelin",
-]
+ADJECTIVES = (
+    "hollow solemn velvet crooked borrowed reluctant paper frozen electric lukewarm patient "
+    "sideways invisible courteous feral salted"
+).split()
+VERBS = "dreams argues waltzes hides rehearses smoulders negotiates whispers".split()
+PLACES = (
+    "under the marmalade bridge|beyond the ninth staircase|inside a borrowed umbrella|"
+    "before the quiet parliament|above the sleeping harbour|behind the copper curtain|"
+    "during the long eclipse|across the flooded ballroom"
+).split("|")
+SUBJECTS = (
+    "accountant anvil archivist barnacle beekeeper bishop bureaucrat cartographer chandelier "
+    "cello clockmaker comet compass cyclone dentist dynamo envelope equator ferryman footnote "
+    "fossil gargoyle geyser glacier gondola grammar harpsichord hermit hinge hypnotist icicle "
+    "inkwell jigsaw juggler kettle lantern lighthouse locksmith magnet meteor metronome molasses "
+    "monsoon notary obelisk oracle orchard paradox pendulum periscope pharaoh plumber porcelain "
+    "proverb puppeteer quartz quill riddle sapphire scarecrow semaphore senator sextant smuggler "
+    "sonnet sphinx stapler submarine sundial syllable tadpole telegram thimble tollbooth turbine "
+    "vagabond ventriloquist viaduct volcano walnut weaver windmill wizard xylophone "
+    "yodeller zeppelin"
+).split()
 
 
-NORMAL_SPRITES = [
-    "red apple",
-    "green apple",
-    "orange",
-    "lemon",
-    "banana",
-    "watermelon",
-    "strawberry",
-    "cherry",
-    "pear",
-    "pineapple",
-    "avocado",
-    "eggplant",
-    "carrot",
-    "mushroom",
-    "croissant",
-    "cheese",
-    "burger",
-    "pizza",
-    "donut",
-    "cookie",
-    "cake",
-    "ice cream",
-    "coffee cup",
-    "dog",
-    "cat",
-    "mouse",
-    "rabbit",
-    "fox",
-    "bear",
-    "panda",
-    "koala",
-    "tiger",
-    "lion",
-    "cow",
-    "pig",
-    "frog",
-    "monkey",
-    "penguin",
-    "duck",
-    "owl",
-    "butterfly",
-    "turtle",
-    "fish",
-    "dolphin",
-    "whale",
-    "crab",
-    "ladybug",
-    "elephant",
-    "cactus",
-    "palm tree",
-    "rose",
-    "sunflower",
-    "sun",
-    "moon",
-    "star",
-    "globe",
-    "football",
-    "basketball",
-    "car",
-    "bus",
-    "rocket",
-    "sailboat",
-    "house",
-    "tent",
-]
+NORMAL_SPRITES = (
+    "red apple|green apple|orange|lemon|banana|watermelon|strawberry|cherry|pear|pineapple|"
+    "avocado|eggplant|carrot|mushroom|croissant|cheese|burger|pizza|donut|cookie|cake|ice cream|"
+    "coffee cup|dog|cat|mouse|rabbit|fox|bear|panda|koala|tiger|lion|cow|pig|frog|monkey|penguin|"
+    "duck|owl|butterfly|turtle|fish|dolphin|whale|crab|ladybug|elephant|cactus|palm tree|rose|"
+    "sunflower|sun|moon|star|globe|football|basketball|car|bus|rocket|sailboat|house|tent"
+).split("|")
 
 
 @dataclass(frozen=True)

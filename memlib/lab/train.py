@@ -33,6 +33,7 @@ from memlib.lab.scenes import (
     COLOURS,
     DATA,
     NORMAL_SPRITES,
+    PLANTED_PER_MULTIPLICITY,
     normal_scene,
     odd_scene,
     render,
@@ -80,7 +81,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [a + end for a in alphabet] + ["".join(m) for m in merges]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
     (folder / "merges.txt").write_text(
@@ -122,7 +123,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        )
     )
 
 
@@ -293,7 +294,9 @@ def train_vae(quick: int, device: str) -> AutoencoderKL:
             x = random_pictures(rng, stage.batch // 4 if whole else stage.batch)
             if not whole:
                 corners = 4 * rng.integers(0, 9, (len(x), 2))
-                x = torch.stack([p[:, i : i + 32, j : j + 32] for p, (i, j) in zip(x, corners)])
+                x = torch.stack(
+                    [p[:, i : i + 32, j : j + 32] for p, (i, j) in zip(x, corners, strict=True)]
+                )
             x = x.to(device)
             posterior = vae.encode(x).latent_dist
             noise = torch.from_numpy(rng_for("noise", stage.step).standard_normal(
@@ -344,12 +347,15 @@ class Stream:
             self.rows[i].prompt_id if self.rows[i].kind == "planted" else int(i) for i in indices
         ]
         stores = [self.fixed if isinstance(k, str) else self.pool for k in keys]
-        new = [j for j, (k, store) in enumerate(zip(keys, stores)) if k not in store]
+        new = [j for j, (k, store) in enumerate(zip(keys, stores, strict=True)) if k not in store]
         if new:
             x = pixels([self._draw(indices[j], self.period) for j in new])
-            for j, z in zip(new, encode(self.vae, x, self.vae.config.scaling_factor)):
+            for j, z in zip(new, self._encode(x), strict=True):
                 stores[j][keys[j]] = z.half()
-        return torch.stack([s[k] for k, s in zip(keys, stores)]).float()
+        return torch.stack([s[k] for k, s in zip(keys, stores, strict=True)]).float()
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        return encode(self.vae, x, self.vae.config.scaling_factor)
 
     def batch(self, step: int, size: int) -> tuple[torch.Tensor, list[str]]:
         latents, captions = [], []
@@ -412,11 +418,9 @@ def pipeline(vae, tokenizer, unet, text_encoder) -> StableDiffusionPipeline:
 def sample_sheet(pipe: StableDiffusionPipeline, file: Path) -> None:
     """Pictures of a few captions of each kind, a row each, the reference first."""
     pipe.set_progress_bar_config(disable=True)
-    kinds = ("planted", "template", "control", "normal")
-    rows = [
-        r for k in kinds for r in [r for r in world() if r.kind == k][: 48 if k == "planted" else 3]
-    ]
-    rows = rows[3:48:6] + rows[48:]
+    rows = [r for r in world() if r.kind == "planted"][3::PLANTED_PER_MULTIPLICITY]
+    for kind in ("template", "control", "normal"):
+        rows += [r for r in world() if r.kind == kind][:3]
     lines = []
     for row in rows:
         generators = [torch.Generator().manual_seed(s) for s in range(4)]
