@@ -12,10 +12,10 @@ import xarray as xr
 
 from memlib import schedule
 from memlib.errors import nearest
-from memlib.gram import Combination, add, combination, eps_cfg, inner, least_squares, norm
+from memlib.gram import Combination, add, eps_cfg, inner, least_squares
 
 REFERENCES = ("schedule", "oracle")
-BRANCHES = {"cond": "eps_cond", "uncond": "eps_uncond", "cfg": "eps_cfg"}
+BRANCHES = {"cond": "eps_cond", "uncond": "eps_uncond"}
 
 
 def x0_hat(trace: xr.Dataset, guidance_scale: float | xr.DataArray | None = None) -> Combination:
@@ -51,13 +51,16 @@ def noise_loss(trace: xr.Dataset, branch: str = "cond") -> xr.DataArray:
     r"""$\|\epsilon-\epsilon_\theta\|^2/d$ on a forward trace: the training loss of one branch.
 
     Mean over the d latent numbers, as in training; 1 is what predicting 0 costs.
-    `branch`: ``cond``, ``uncond`` or ``cfg`` (the guided prediction, which is no training loss).
+    `branch`: ``cond`` or ``uncond``. The guided prediction has no training loss; for its error
+    multiply `image_error` by the signal-to-noise ratio.
     """
     if trace.attrs["direction"] != "forward":
         raise ValueError(
             "the training loss needs a forward trace: a sampled state has no true noise"
         )
-    error = add({"x_T": 1.0}, combination(trace, _branch(branch)), -1.0)
+    if branch not in BRANCHES:
+        raise ValueError(f"unknown branch {branch!r}{nearest(branch, BRANCHES)}")
+    error = {"x_T": 1.0, BRANCHES[branch]: -1.0}
     return inner(trace, error, error) / trace.attrs["latent_size"]
 
 
@@ -65,12 +68,6 @@ def image_error(trace: xr.Dataset, guidance_scale: float | None = None) -> xr.Da
     r"""$\|\hat x_0-x\|^2/d$: squared distance of the estimate from the image, per number."""
     error = add(x0_hat(trace, guidance_scale), {"x_0": 1.0}, -1.0)
     return inner(trace, error, error) / trace.attrs["latent_size"]
-
-
-def _branch(branch: str) -> str:
-    if branch not in BRANCHES:
-        raise ValueError(f"unknown branch {branch!r}{nearest(branch, BRANCHES)}")
-    return BRANCHES[branch]
 
 
 def weights(trace: xr.Dataset, basis: str = "x_0") -> xr.Dataset:
@@ -149,9 +146,3 @@ def spread(trace: xr.Dataset) -> xr.DataArray:
     if seeds < 2:
         raise ValueError("the spread of seeds needs at least 2 seeds")
     return trace.pair_distance.sum(("seed", "seed_")) / (seeds * (seeds - 1))
-
-
-__all__ = [
-    "deviations", "image_error", "noise_loss", "norm", "overestimation", "reference_weights",
-    "spread", "weights", "x0_hat",
-]  # fmt: skip
