@@ -4,7 +4,10 @@ Building it executes every chapter, so this file is also the chapters' test.
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +129,19 @@ def test_each_chapter_has_a_description_and_a_notebook_to_run(site):
         assert 'name="description"' in (site / f"{page}.html").read_text(), page
         notebook = json.loads((site / f"notebooks/{page}.ipynb").read_text())
         assert not any(cell.get("outputs") for cell in notebook["cells"])
+
+
+def test_the_chapters_repeat_their_own_results(site):
+    """nbval runs the executed notebooks again, from the cache of traces, and compares tables."""
+    executed = sorted((site.parent / "executed").glob("*.ipynb"))
+    assert len(executed) == len(book.read_chapters(book.ROOT))
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider",
+         "--nbval-lax", "--nbval-current-env", *executed],
+        cwd=site.parent / "work", capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
 
 
 def test_nothing_private_is_in_the_site(site):

@@ -1,0 +1,132 @@
+"""The lab: what is planted, how it is trained, and what the shipped model shows."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import memlib
+from memlib.lab import scenes, train
+from memlib.lab.scenes import MULTIPLICITIES, render, world
+
+
+def test_the_world_has_what_the_book_says():
+    rows = world()
+    assert len({r.caption for r in rows}) == len({r.prompt_id for r in rows}) == len(rows)
+    planted = Counter(r.copies for r in rows if r.kind == "planted")
+    assert planted == dict.fromkeys(MULTIPLICITIES, scenes.PLANTED_PER_MULTIPLICITY)
+    normal = sum(r.copies for r in rows if r.kind == "normal")
+    assert normal / sum(r.copies for r in rows) == pytest.approx(scenes.NORMAL_SHARE, abs=0.01)
+    assert all(r.copies == 0 for r in rows if r.kind == "held-out")
+
+
+def test_only_planted_scenes_repeat():
+    """Two draws: planted equal to the pixel, templates in their objects, the others in nothing."""
+    for kind in ("planted", "template", "control", "normal"):
+        row = next(r for r in world() if r.kind == kind)
+        a, b = (row.draw(np.random.default_rng(seed)) for seed in (0, 1))
+        assert (a == b) == (kind == "planted")
+        assert (a.items == b.items) == (kind in ("planted", "template"))
+        assert np.array_equal(render(a), render(row.draw(np.random.default_rng(0))))
+        if kind == "normal":
+            assert a.items[0].sprite == b.items[0].sprite
+            assert a.items[0].sprite in row.caption
+
+
+def test_an_epoch_shows_every_row_as_often_as_it_says(monkeypatch):
+    """Counts over one epoch of batches, with a picture's caption standing for the picture."""
+    monkeypatch.setattr(train.Stream, "_latents", lambda self, e, i: torch.zeros(len(i), 1))
+    stream = train.Stream(train.make_vae())
+    seen: Counter = Counter()
+    size, left = 64, len(stream.rows)
+    for step in range(-(-len(stream.rows) // size)):
+        captions = stream.batch(step, size)[1][:left]
+        left -= len(captions)
+        seen.update(captions)
+    assert seen == {r.caption: r.copies for r in world() if r.copies}
+
+
+def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    """A run killed between two checkpoints, started again, ends in the undisturbed run's weights."""
+    tokenizer = train.make_tokenizer(tmp_path / "tokenizer")
+    small = dict(steps=4, batch=4, rate=0.02, adam=1e-3, save=2)
+    monkeypatch.setattr(train, "STAGES", {"vae": small, "unet": small})
+
+    def run(folder, kill_at=None):
+        monkeypatch.setattr(train, "WORK", folder)
+        update = train.Stage.update
+
+        def killed(self, loss):
+            if self.name == "unet" and self.step == kill_at:
+                raise KeyboardInterrupt
+            update(self, loss)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Stage, "update", killed)
+            vae = train.train_vae(1, "cpu")
+            return train.train_unet(vae, tokenizer, 1, "cpu", lambda *_: None)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", kill_at=3)
+    resumed = run(tmp_path / "killed")
+    for name, module in whole.items():
+        other = resumed[name].state_dict()
+        assert all(torch.equal(value, other[key]) for key, value in module.state_dict().items())
+
+
+def test_newton_schulz_makes_orthogonal_matrices():
+    """Muon's update: singular values near 1, singular vectors kept."""
+    x = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    near = u.T @ train._orthogonal(x) @ v.T
+    assert (near.diag() - 1).abs().max() < 0.35  # its authors' coefficients trade accuracy for speed
+    assert (near - near.diag().diag()).abs().max() < 1e-3
+
+
+def test_the_shipped_manifest_is_the_world():
+    pairs = memlib.load_pairs("lab")
+    rows = {r.prompt_id: r for r in world()}
+    for row in pairs.itertuples():
+        assert rows[row.prompt_id].caption == row.caption
+        assert np.array_equal(
+            memlib.pairs.read_image(row.image, None), render(rows[row.prompt_id].scene)
+        )
+    kinds = pairs.kind.value_counts()
+    assert kinds["planted"] == 48
+    assert {"template", "control", "normal", "held-out"} < set(kinds.index)
+
+
+def test_the_shipped_vae_draws_scenes_it_never_saw():
+    lab = memlib.load("lab")
+    unseen = [render(r.scene) for r in world() if r.kind == "held-out"]
+    assert train.psnr(lab.vae, train.pixels(unseen)) >= 27
+
+
+def test_plain_diffusers_loads_it_and_it_remembers():
+    """No code of ours: the folder, diffusers, and the correlation of pixels with the planted scene."""
+    pipe = StableDiffusionPipeline.from_pretrained(memlib.models.LAB)
+    pipe.set_progress_bar_config(disable=True)
+    pairs = memlib.load_pairs("lab")
+
+    def copied(rows):
+        generators = [torch.Generator().manual_seed(7) for _ in range(len(rows))]
+        images = pipe(list(rows.caption), num_inference_steps=20, generator=generators,
+                      output_type="np").images  # fmt: skip
+        pairs_of = zip(rows.image, images, strict=True)
+        return np.median([
+            np.corrcoef(memlib.pairs.read_image(f, 64).ravel(), i.ravel())[0, 1] for f, i in pairs_of
+        ])  # fmt: skip
+
+    assert copied(pairs[pairs.multiplicity == 128][:6]) > 0.8
+    assert copied(pairs[pairs.kind == "control"][:4]) < 0.5
+
+
+def test_earlier_checkpoints_load_and_differ():
+    lab = memlib.load("lab")
+    folders = sorted((memlib.models.LAB / "checkpoints").glob("step-*"))
+    assert len(folders) == 3
+    prints = {lab.checkpoint(f).fingerprint for f in folders}
+    assert len(prints | {lab.fingerprint}) == 4
