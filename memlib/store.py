@@ -36,6 +36,11 @@ def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **
     `function` is `reverse_trace` or `forward_trace`. The key covers everything that matters: the
     weights, the prompts and the bytes of their images, the settings, and the recorder's code.
     An entry appears under its name only when it is complete, so a killed run leaves none.
+
+    Raises
+    ------
+    OSError
+        The trace cannot be written: no space, no permission. Nothing is left half-written.
     """
     key = _key(function, model, pairs, settings)
     folder = cache_folder() / f"{function.__name__}-{key}"
@@ -45,8 +50,13 @@ def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **
             trace = function(model, pairs, **settings)
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            trace.to_zarr(partial, zarr_format=3, consolidated=False)
-            os.replace(partial, folder)
+            try:
+                trace.to_zarr(partial, zarr_format=3, consolidated=False)
+                os.replace(partial, folder)
+            except OSError as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                hint = "free some space, or set MEMLIB_CACHE to a folder on another disk"
+                raise OSError(f"the trace could not be kept ({error}): {hint}") from error
         return xr.open_zarr(folder, consolidated=False).load()
 
 

@@ -242,3 +242,22 @@ def test_the_cache_computes_once_and_sees_every_change(lab, tmp_path, monkeypatc
     memlib.recorded(reverse_trace, lab, pairs, steps=3)
     assert len(calls) == 5
     assert store.cache_folder() == tmp_path
+
+
+def test_a_full_disk_leaves_nothing_behind(lab, tmp_path, monkeypatch):
+    import xarray as xr
+
+    monkeypatch.setenv("MEMLIB_CACHE", str(tmp_path))
+    whole = xr.Dataset.to_zarr
+
+    def full(self, store, **options):
+        whole(self, store, **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(xr.Dataset, "to_zarr", full)
+    pairs = memlib.load_pairs("lab").iloc[:1]
+    settings = dict(seeds=[0], steps=1, severity=None)
+    with pytest.raises(OSError, match="No space") as error:
+        memlib.recorded(memlib.reverse_trace, lab, pairs, **settings)
+    one_line(error, "set MEMLIB_CACHE")
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]

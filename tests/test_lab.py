@@ -49,7 +49,7 @@ def test_an_epoch_shows_every_row_as_often_as_it_says(monkeypatch):
 
 
 def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    """A run killed between two checkpoints, started again, ends in the undisturbed run's weights."""
+    """A run killed between two checkpoints ends, when started again, in the same weights."""
     tokenizer = train.make_tokenizer(tmp_path / "tokenizer")
     small = dict(steps=4, batch=4, rate=0.02, adam=1e-3, save=2)
     monkeypatch.setattr(train, "STAGES", {"vae": small, "unet": small})
@@ -82,7 +82,7 @@ def test_newton_schulz_makes_orthogonal_matrices():
     x = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     near = u.T @ train._orthogonal(x) @ v.T
-    assert (near.diag() - 1).abs().max() < 0.35  # its authors' coefficients trade accuracy for speed
+    assert (near.diag() - 1).abs().max() < 0.35  # the coefficients are made for speed
     assert (near - near.diag().diag()).abs().max() < 1e-3
 
 
@@ -106,7 +106,7 @@ def test_the_shipped_vae_draws_scenes_it_never_saw():
 
 
 def test_plain_diffusers_loads_it_and_it_remembers():
-    """No code of ours: the folder, diffusers, and the correlation of pixels with the planted scene."""
+    """No code of ours: the folder, diffusers, and the pixels' correlation with the scene."""
     pipe = StableDiffusionPipeline.from_pretrained(memlib.models.LAB)
     pipe.set_progress_bar_config(disable=True)
     pairs = memlib.load_pairs("lab")
@@ -115,9 +115,9 @@ def test_plain_diffusers_loads_it_and_it_remembers():
         generators = [torch.Generator().manual_seed(7) for _ in range(len(rows))]
         images = pipe(list(rows.caption), num_inference_steps=20, generator=generators,
                       output_type="np").images  # fmt: skip
-        pairs_of = zip(rows.image, images, strict=True)
+        targets = [memlib.pairs.read_image(f, 64) for f in rows.image]
         return np.median([
-            np.corrcoef(memlib.pairs.read_image(f, 64).ravel(), i.ravel())[0, 1] for f, i in pairs_of
+            np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(targets, images, strict=True)
         ])  # fmt: skip
 
     assert copied(pairs[pairs.multiplicity == 128][:6]) > 0.8

@@ -40,6 +40,7 @@ from memlib.lab.scenes import (
     sprites,
     world,
 )
+from memlib.models import stable_diffusion_schedule
 
 WORK = Path("_build/lab")
 LATENT_CHANNELS = 8
@@ -129,10 +130,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def make_scheduler() -> DDIMScheduler:
     """Stable Diffusion v1.4's noise schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
+    return DDIMScheduler.from_config(stable_diffusion_schedule())
 
 
 # ---------------------------------------------------------------------------- one training stage
