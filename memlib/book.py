@@ -230,6 +230,8 @@ def execute(name: str, notebook, chosen: dict, build: Path) -> str:
     for cell in result.cells:
         for key in ("execution", "papermill"):
             cell.metadata.pop(key, None)
+        if cell.cell_type == "code":  # warnings name this machine's folders
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell["id"] = "injected-parameters"
             cell.metadata.tags.append("hide-input")

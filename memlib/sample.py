@@ -17,7 +17,7 @@ import xarray as xr
 from diffusers.utils.torch_utils import randn_tensor
 from einops import einsum
 from jaxtyping import Float
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from memlib.gram import VECTORS
 from memlib.pairs import read_image

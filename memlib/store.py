@@ -51,13 +51,13 @@ def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             try:
-                trace.to_zarr(partial, zarr_format=3, consolidated=False)
+                trace.to_zarr(partial, zarr_format=2)
                 os.replace(partial, folder)
             except OSError as error:
                 shutil.rmtree(partial, ignore_errors=True)
                 hint = "free some space, or set MEMLIB_CACHE to a folder on another disk"
                 raise OSError(f"the trace could not be kept ({error}): {hint}") from error
-        return xr.open_zarr(folder, consolidated=False).load()
+        return xr.open_zarr(folder).load()
 
 
 def _key(function, model, pairs: pd.DataFrame, settings: dict) -> str:

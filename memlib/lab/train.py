@@ -193,7 +193,10 @@ class Stage:
             Muon(muon, STAGES[name]["rate"]),
             torch.optim.AdamW(rest, STAGES[name]["adam"], betas=(0.9, 0.99)),
         ]
-        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._rate) for o in self.optimizers]
+        self.schedules = [
+            torch.optim.lr_scheduler.LambdaLR(o, lambda step: self._rate(step))
+            for o in self.optimizers
+        ]
         self.ema = EMAModel(self.parameters, decay=0.998)
         self.step = 0
         self.file = WORK / f"{name}.pt"
@@ -389,8 +392,11 @@ def train_unet(vae, tokenizer, quick: int, device: str, snapshot) -> dict:
                 captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True,
                 return_tensors="pt",
             ).input_ids  # fmt: skip
-            loss = F.mse_loss(unet(x_t, t, text(tokens.to(device))[0]).sample, eps)
-            stage.update(loss)
+            error = (unet(x_t, t, text(tokens.to(device))[0]).sample - eps).square()
+            loss = error.mean()
+            # The weight of v-prediction, 1 + 1 / SNR: without it the noisy timesteps, where the
+            # caption decides, weigh next to nothing and captions are learned last.
+            stage.update((error / a).mean())
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if stage.step in [s // quick for s in SNAPSHOTS] or stage.step == stage.steps:
