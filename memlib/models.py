@@ -143,6 +143,7 @@ class ExactModel:
         self._alpha_bar = _alpha_bar_table(beta)
         self.latent_shape = tuple(self.atoms.shape[1:])
         self.codec = codec  # a model that encodes and decodes pictures
+        self.image_size = getattr(codec, "image_size", None)
         self.fingerprint = hashlib.sha256(
             self.atoms.numpy().tobytes() + repr((self.captions, counts.tolist(), beta)).encode()
         ).hexdigest()

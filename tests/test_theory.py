@@ -211,3 +211,14 @@ def test_least_squares_agrees_with_numpy_on_any_vectors(basis, seed):
     assert float(residual.item()) == pytest.approx(
         np.linalg.norm(ours) / np.linalg.norm(target), abs=1e-5
     )
+
+
+def test_the_exact_model_of_the_lab_copies_every_caption_it_knows():
+    """One atom has the caption, so sampling returns it; a caption nobody has is unconditional."""
+    exact = memlib.load("exact")
+    pairs = memlib.load_pairs("lab").iloc[[0, 44]]
+    trace = memlib.reverse_trace(exact, pairs, seeds=[0, 1], steps=10, progress=False)
+    assert float(trace.severity.min()) > 0.8  # what the VAE leaves of the picture
+    assert float(memlib.spread(trace)[:, -1].max() / memlib.norm(trace, "x_0")[0, 0, 0]) < 0.1
+    cond, uncond = exact.encode_text(["a caption of no atom"])
+    assert torch.equal(cond, uncond)
