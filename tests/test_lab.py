@@ -122,3 +122,11 @@ def test_plain_diffusers_loads_it_and_it_remembers():
 
     assert copied(pairs[pairs.multiplicity == 128][:6]) > 0.8
     assert copied(pairs[pairs.kind == "control"][:4]) < 0.5
+
+
+def test_earlier_checkpoints_load_and_differ():
+    lab = memlib.load("lab")
+    folders = sorted((memlib.models.LAB / "checkpoints").glob("step-*"))
+    assert len(folders) == 3
+    prints = {lab.checkpoint(f).fingerprint for f in folders}
+    assert len(prints | {lab.fingerprint}) == 4

@@ -64,11 +64,9 @@ SUBJECTS = (
 
 
 NORMAL_SPRITES = (
-    "red apple|green apple|orange|lemon|banana|watermelon|strawberry|cherry|pear|pineapple|"
-    "avocado|eggplant|carrot|mushroom|croissant|cheese|burger|pizza|donut|cookie|cake|ice cream|"
-    "coffee cup|dog|cat|mouse|rabbit|fox|bear|panda|koala|tiger|lion|cow|pig|frog|monkey|penguin|"
-    "duck|owl|butterfly|turtle|fish|dolphin|whale|crab|ladybug|elephant|cactus|palm tree|rose|"
-    "sunflower|sun|moon|star|globe|football|basketball|car|bus|rocket|sailboat|house|tent"
+    "red apple|green apple|lemon|banana|watermelon|strawberry|cherry|pineapple|avocado|carrot|"
+    "mushroom|cheese|burger|pizza|donut|cookie|dog|cat|rabbit|fox|bear|panda|tiger|lion|pig|frog|"
+    "penguin|owl|butterfly|turtle|fish|ladybug|cactus|sunflower|sun|star|basketball|car|rocket|house"
 ).split("|")
 
 
@@ -161,7 +159,7 @@ def _scene(rng: np.random.Generator, patterns, first, second, items) -> Scene:
 
 def normal_scene(rng: np.random.Generator, sprite: str, colour: str) -> Scene:
     """One sprite on two shades of one colour; place, size, flip, angle, pattern drawn anew."""
-    size = int(rng.integers(26, 50))
+    size = int(rng.integers(30, 51))
     x, y = rng.uniform(size / 2 - 2, SIZE - size / 2 + 2, 2)
     item = Item(sprite, x, y, size, bool(rng.integers(2)), float(rng.uniform(-20, 20)))
     return _scene(rng, PATTERNS, colour, colour, (item,))
