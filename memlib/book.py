@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
 import hashlib
 import json
@@ -20,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -172,10 +174,10 @@ def execute_chapters(root: Path, profile: str, chapters: dict, chosen: dict) -> 
         wanted = digest(root, notebook, chosen[name])
         if record.exists() and json.loads(record.read_text())["digest"] == wanted:
             continue
-        print(f"[{number}/{len(chapters)}] {name} …", end=" ", flush=True)
         start = time.monotonic()
         try:
-            text = execute(name, notebook, chosen[name], build)
+            with progress(f"[{number}/{len(chapters)}] {name} …", build / "progress"):
+                text = execute(name, notebook, chosen[name], build)
         except BookError:
             print("failed", flush=True)
             raise
@@ -185,6 +187,33 @@ def execute_chapters(root: Path, profile: str, chapters: dict, chosen: dict) -> 
         write(record, json.dumps({"digest": wanted, "seconds": round(seconds, 1)}))
         executed.append(name)
     return executed
+
+
+@contextlib.contextmanager
+def progress(title: str, file: Path):
+    """Print the title and, on a terminal, what the kernel's progress bar writes to `file`."""
+    print(title, end=" ", flush=True)
+    if not sys.stdout.isatty():
+        yield
+        return
+    over = threading.Event()
+
+    def watch():
+        while not over.wait(0.5):
+            if file.exists():
+                bar = file.read_text(errors="replace").rsplit("\r", 1)[-1].strip()
+                print(f"\r{title} {bar}\x1b[K", end="", flush=True)
+
+    os.environ["MEMLIB_PROGRESS"] = str(file)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        file.unlink(missing_ok=True)
+        print(f"\r{title}\x1b[K", end=" ", flush=True)
 
 
 def execute(name: str, notebook, chosen: dict, build: Path) -> str:

@@ -7,6 +7,7 @@ Gram matrix of every state. `forward_trace` noises training images and records t
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 
@@ -327,7 +328,13 @@ def forward_trace(
 
 
 def _bar(total: int, name: str, progress: bool) -> tqdm:
-    """A progress bar on a terminal, nothing elsewhere."""
+    """A progress bar on a terminal, nothing elsewhere.
+
+    A kernel has no terminal: the book's driver names a file and shows what is written there.
+    """
+    file = os.environ.get("MEMLIB_PROGRESS") if progress else None
+    if file:
+        return tqdm(total=total, desc=name, unit="image", ncols=70, file=open(file, "w"))
     return tqdm(total=total, desc=name, unit="image", disable=None if progress else True)
 
 
