@@ -50,7 +50,7 @@ CAPTION_DROPOUT = 0.1  # share of rows trained with the empty caption, for guida
 REUSE = 5  # epochs for which a redrawn scene is kept before it is drawn anew
 STAGES = {  # steps, batch, Muon's and AdamW's learning rates, steps between checkpoints
     "vae": dict(steps=2400, batch=12, rate=0.02, adam=2e-3, save=200),
-    "unet": dict(steps=5400, batch=64, rate=0.02, adam=1e-3, save=200),
+    "unet": dict(steps=4800, batch=64, rate=0.02, adam=1e-3, save=200),
 }
 SNAPSHOTS = (500, 1250, 2500)  # U-Net steps shipped besides the last one
 NORMAL_PROMPTS = 16  # of the normal captions, those that the manifest lists
