@@ -1,4 +1,4 @@
-"""One helper for messages about names."""
+"""Messages that fit in one line."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -9,3 +9,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     valid = [str(v) for v in valid]
     match = get_close_matches(str(name), valid, 1, 0.5)
     return f": did you mean {match[0]!r}?" if match else f"; valid are {', '.join(valid)}"
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

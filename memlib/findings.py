@@ -12,7 +12,7 @@ import xarray as xr
 
 from memlib import schedule
 from memlib.errors import nearest
-from memlib.gram import Combination, add, eps_cfg, inner, least_squares
+from memlib.gram import Combination, add, eps_cfg, inner, least_squares, own_scale
 
 REFERENCES = ("schedule", "oracle")
 BRANCHES = {"cond": "eps_cond", "uncond": "eps_uncond"}
@@ -32,7 +32,7 @@ def x0_hat(trace: xr.Dataset, guidance_scale: float | xr.DataArray | None = None
     work on it. Song et al. 2021, Eq. 9.
     """
     if guidance_scale is None:
-        guidance_scale = trace.guidance_scale
+        guidance_scale = own_scale(trace)
     scale = 1 / np.sqrt(trace.alpha_bar)
     eps = eps_cfg(guidance_scale)
     noise = {name: -np.sqrt(1 - trace.alpha_bar) * scale * c for name, c in eps.items()}
@@ -48,7 +48,7 @@ def overestimation(trace: xr.Dataset, guidance_scale: float | None = None) -> xr
 
 
 def noise_loss(trace: xr.Dataset, branch: str = "cond") -> xr.DataArray:
-    r"""$\|\epsilon-\epsilon_\theta\|^2/d$ on a forward trace: the training loss of one branch.
+    r"""$\|\epsilon-\epsilon_\theta\|^2/d$ on a forward trace: the unweighted loss of one branch.
 
     Mean over the d latent numbers, as in training; 1 is what predicting 0 costs.
     `branch`: ``cond`` or ``uncond``. The guided prediction has no training loss; for its error
@@ -94,7 +94,7 @@ def weights(trace: xr.Dataset, basis: str = "x_0") -> xr.Dataset:
 
 
 def reference_weights(trace: xr.Dataset, reference: str = "schedule") -> xr.Dataset:
-    """What the weights would be: over `step`, same names as `weights`.
+    """What the weights would be, over `step`: `w_0` and `w_T`, and for the DDPM oracle `w_noise`.
 
     ``schedule``: the paper's square roots of alpha_bar. ``oracle``: a sampler whose every
     prediction is perfect, which is not the same (see `memlib.schedule.oracle_weights`).
@@ -126,6 +126,10 @@ def deviations(
     -------
     One row a prompt: prompt_id, caption, kind, multiplicity, D1, D2, severity (mean over seeds).
     """
+    if trace.attrs["direction"] != "reverse":
+        raise ValueError("deviations belong to sampled states: give a reverse trace")
+    if first is not None and not 1 <= first < trace.sizes["step"]:
+        raise ValueError(f"first={first} must lie in 1 ... {trace.sizes['step'] - 1}")
     after = slice(1, None if first is None else 1 + first)
     found = weights(trace, basis).mean("seed").isel(step=after)
     expected = reference_weights(trace, reference).isel(step=after)

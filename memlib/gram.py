@@ -25,16 +25,26 @@ def combination(trace: xr.Dataset, vector: str | Combination) -> Combination:
     and ``eps_cfg`` (the guided prediction at the trace's own guidance scale).
     """
     if isinstance(vector, dict):
-        for name in vector:
-            combination(trace, name)
-        return vector
+        total: Combination = {}
+        for name, factor in vector.items():
+            total = add(total, combination(trace, name), factor)
+        return total
     if vector == "eps_delta":
         return {"eps_cond": 1.0, "eps_uncond": -1.0}
     if vector == "eps_cfg":
-        return eps_cfg(trace.guidance_scale)
+        return eps_cfg(own_scale(trace))
     if vector not in VECTORS:
-        raise KeyError(f"unknown vector {vector!r}{nearest(vector, (*VECTORS, 'eps_delta'))}")
+        raise KeyError(
+            f"unknown vector {vector!r}{nearest(vector, (*VECTORS, 'eps_delta', 'eps_cfg'))}"
+        )
     return {vector: 1.0}
+
+
+def own_scale(trace: xr.Dataset) -> xr.DataArray:
+    """The guidance scale of every update of a reverse trace, over `step`."""
+    if "guidance_scale" not in trace:
+        raise ValueError("a forward trace was not sampled with any guidance scale: give one")
+    return trace.guidance_scale
 
 
 def eps_cfg(guidance_scale: float | xr.DataArray) -> Combination:
@@ -56,7 +66,8 @@ def inner(trace: xr.Dataset, u: str | Combination, v: str | Combination) -> xr.D
     terms = (
         a * b * trace.gram.sel(vec=i, vec_=j, drop=True) for i, a in u.items() for j, b in v.items()
     )
-    return sum(terms).transpose(*trace.gram.dims[:3])
+    dims = [dim for dim in trace.gram.dims if dim not in ("vec", "vec_")]
+    return sum(terms).transpose(*dims)
 
 
 def norm(trace: xr.Dataset, u: str | Combination) -> xr.DataArray:

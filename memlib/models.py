@@ -20,12 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
 
-from memlib.errors import nearest
+from memlib.checksums import sha256, verify
+from memlib.errors import first_line, nearest
 from memlib.pairs import load_pairs, read_image
 
 LAB = Path(__file__).resolve().parents[1] / "data" / "lab"
 NAMES = ("lab", "exact")
+WEIGHTS = (".safetensors", ".json", ".txt")  # what makes a model what it is
 
 
 class ModelError(ValueError):
@@ -102,13 +105,15 @@ class DiffusersModel:
 
         folder = Path(folder)
         parts = self.pipe.components | {
-            "unet": UNet2DConditionModel.from_pretrained(folder / "unet"),
+            "unet": UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True),
             "text_encoder": CLIPTextModel.from_pretrained(
-                folder / "text_encoder", dtype=torch.float32
+                folder / "text_encoder", dtype=torch.float32, use_safetensors=True
             ),
         }
         pipe = type(self.pipe)(**parts, requires_safety_checker=False).to(self.device)
-        return DiffusersModel(pipe, f"{self.source}/{folder.name}", hash_files(folder))
+        return DiffusersModel(
+            pipe, f"{self.source}/{folder.name}", f"{self.fingerprint} {hash_files(folder)}"
+        )
 
 
 class ExactModel:
@@ -138,14 +143,19 @@ class ExactModel:
             raise ModelError(f"{len(self.atoms)} atoms do not fit {len(self.captions)} captions")
         counts = torch.ones(len(self.atoms)) if counts is None else torch.as_tensor(counts)
         self.log_counts = counts.double().log()
-        self.scheduler_config = scheduler_config or stable_diffusion_schedule()
+        self.scheduler_config = {
+            **(scheduler_config or stable_diffusion_schedule()),
+            "prediction_type": "epsilon",
+        }
         beta = self.scheduler_config
         self._alpha_bar = _alpha_bar_table(beta)
         self.latent_shape = tuple(self.atoms.shape[1:])
         self.codec = codec  # a model that encodes and decodes pictures
         self.image_size = getattr(codec, "image_size", None)
         self.fingerprint = hashlib.sha256(
-            self.atoms.numpy().tobytes() + repr((self.captions, counts.tolist(), beta)).encode()
+            self.atoms.numpy().tobytes()
+            + repr((self.captions, counts.tolist(), self.latent_shape, beta)).encode()
+            + getattr(codec, "fingerprint", "").encode()
         ).hexdigest()
 
     def encode_text(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,28 +211,9 @@ def _alpha_bar_table(config: dict) -> torch.Tensor:
 def hash_files(folder: Path) -> str:
     """sha256 over the names and contents of a folder's weights and configs."""
     total = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
-        total.update(file.relative_to(folder).as_posix().encode())
-        with file.open("rb") as handle:
-            total.update(hashlib.file_digest(handle, "sha256").digest())
+    for file in sorted(p for p in folder.rglob("*") if p.suffix in WEIGHTS):
+        total.update(f"{file.relative_to(folder).as_posix()} {sha256(file)}\n".encode())
     return total.hexdigest()
-
-
-def verify_checksums(folder: Path) -> None:
-    """Compare a folder with its SHA256SUMS; one line names the first file that differs."""
-    for line in (folder / "SHA256SUMS").read_text().splitlines():
-        expected, name = line.split("  ", 1)
-        if not name.endswith((".safetensors", ".json", ".txt")):
-            continue
-        file = folder / name
-        if not file.exists():
-            raise ModelError(f"{file} is missing: restore it with git checkout -- {file.name}")
-        with file.open("rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != expected:
-                raise ModelError(
-                    f"{file} is damaged: its checksum is not the one in {folder.name}/SHA256SUMS; "
-                    "restore it from git, or retrain with make lab"
-                )
 
 
 @contextlib.contextmanager
@@ -269,7 +260,10 @@ def load(name: str | Path = "lab", device: str | None = None):
     if not (folder / "model_index.json").exists():
         raise ModelError(f"{folder} is no diffusers pipeline: it has no model_index.json")
     if (folder / "SHA256SUMS").exists():
-        verify_checksums(folder)
+        try:
+            verify(folder, lambda name: name.endswith(WEIGHTS))
+        except ValueError as error:
+            raise ModelError(str(error)) from error
     try:
         with _quiet():
             from diffusers import StableDiffusionPipeline
@@ -278,6 +272,6 @@ def load(name: str | Path = "lab", device: str | None = None):
                 folder, safety_checker=None, requires_safety_checker=False, use_safetensors=True,
                 local_files_only=True,
             ).to(device, torch.float32)  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{folder} cannot be loaded: {first_line(error)}") from error
     return DiffusersModel(pipe, str(name), hash_files(folder))

@@ -8,14 +8,15 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from memlib.errors import nearest
+from memlib.checksums import verify
+from memlib.errors import first_line, nearest
 
 LAB_PAIRS = Path(__file__).resolve().parents[1] / "data" / "lab" / "pairs.csv"
 READERS = {
     ".csv": lambda f: pd.read_csv(
         f, dtype={"caption": str, "prompt_id": str}, keep_default_na=False
     ),
-    ".jsonl": lambda f: pd.read_json(f, lines=True),
+    ".jsonl": lambda f: pd.read_json(f, lines=True, dtype=False, convert_dates=False),
     ".parquet": pd.read_parquet,
 }  # fmt: skip
 
@@ -55,13 +56,20 @@ def load_pairs(source: str | Path = "lab") -> pd.DataFrame:
             f"{file.name} is not UTF-8 text (byte {error.start}): save it as UTF-8"
         ) from error
     except (ValueError, OSError) as error:
-        raise PairsError(f"{file.name} cannot be read: {str(error).splitlines()[0]}") from error
+        raise PairsError(f"{file.name} cannot be read: {first_line(error)}") from error
+    if source == "lab":
+        try:
+            verify(file.parent, lambda name: name.startswith("pairs"))
+        except ValueError as error:
+            raise PairsError(str(error)) from error
     return check_pairs(pairs, file)
 
 
 def check_pairs(pairs: pd.DataFrame, file: Path) -> pd.DataFrame:
     """Validate a manifest's rows and images; see `load_pairs`."""
     where = file.name
+    if not isinstance(pairs.index, pd.RangeIndex):
+        raise PairsError(f"{where} has more fields than columns: quote captions that hold a comma")
     if "caption" not in pairs:
         near = nearest("caption", pairs.columns)
         raise PairsError(f"{where} has no column 'caption'{near}")
@@ -74,14 +82,17 @@ def check_pairs(pairs: pd.DataFrame, file: Path) -> pd.DataFrame:
     if "prompt_id" not in pairs:
         pairs.insert(0, "prompt_id", [f"{i:04d}" for i in range(len(pairs))])
     for column in ("prompt_id", "caption"):
+        pairs[column] = pairs[column].astype(str)
         twice = pairs[column].duplicated()
         if twice.any():
             n = twice.idxmax()
             raise PairsError(f"{where}, row {n + 1}: {column} {pairs[column][n]!r} stands twice")
-    if "image" not in pairs:
-        pairs["image"] = ""
+    if "multiplicity" in pairs:
+        pairs["multiplicity"] = pd.to_numeric(pairs.multiplicity, errors="coerce")
+    names = pairs["image"] if "image" in pairs else [""] * len(pairs)
     pairs["image"] = [
-        str((file.parent / name).resolve()) if name else "" for name in pairs.image.fillna("")
+        str((file.parent / name).resolve()) if isinstance(name, str) and name else ""
+        for name in names
     ]
     for name in filter(None, pairs.image):
         read_image(name, None)
@@ -102,7 +113,7 @@ def read_image(file: str | Path, size: int | None) -> np.ndarray:
     except FileNotFoundError as error:
         raise PairsError(f"image {file} is missing") from error
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise PairsError(f"image {file} cannot be decoded: {str(error).splitlines()[0]}") from error
+        raise PairsError(f"image {file} cannot be decoded: {first_line(error)}") from error
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     picture = np.array(image)

@@ -6,6 +6,7 @@ Gram matrix of every state. `forward_trace` noises training images and records t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -95,10 +96,8 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
             noises.append(noises[-1])
             x = scheduler.step(out, t, x).prev_sample
         states.append(x)
-    if not torch.isfinite(x).all():
-        raise FloatingPointError(
-            f"the predictions of {model.source} are not finite in {model.dtype}: use float32"
-        )
+    if not all(torch.isfinite(last).all() for last in (x, unconds[-1], conds[-1])):
+        raise FloatingPointError(_not_finite(model))
     return {
         "x_t": torch.stack(states),
         "noise": torch.stack(noises),
@@ -135,13 +134,36 @@ def _pair_distances(x: torch.Tensor) -> np.ndarray:
 def _targets(model, pairs: pd.DataFrame) -> torch.Tensor:
     """x_0 of every pair, [prompt, channel, height, width]; NaN where there is no image."""
     x_0 = torch.full((len(pairs), *model.latent_shape), torch.nan, dtype=model.dtype)
-    for n, file in enumerate(_images(pairs)):
+    for n, file in enumerate(image_files(pairs)):
         if file:
             x_0[n] = model.encode_images([file])[0].cpu()
     return x_0
 
 
-def _images(pairs: pd.DataFrame) -> list[str]:
+def _batches(work: list, batch_size: int, function: Callable):
+    """Call `function` on one slice of `work` after the other; yield the slice and its result.
+
+    Where the device runs out of memory the slice is halved; nothing that was done is done again.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    done = 0
+    while done < len(work):
+        part, result = work[done : done + batch_size], None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            result = function(part)
+        if result is None:
+            if len(part) == 1:
+                raise MemoryError("a single image does not fit into the device's memory")
+            torch.cuda.empty_cache()
+            batch_size = len(part) // 2
+            continue
+        yield part, result
+        done += len(part)
+
+
+def image_files(pairs: pd.DataFrame) -> list[str]:
+    """The image of each prompt, "" where there is none."""
     return list(pairs["image"]) if "image" in pairs else [""] * len(pairs)
 
 
@@ -182,6 +204,8 @@ def reverse_trace(
         Unknown sampler or measure, impossible steps, repeated seeds.
     FloatingPointError
         Predictions that are not finite.
+    MemoryError
+        One image alone does not fit into the device's memory.
     """
     seeds = [int(s) for s in seeds]
     if not seeds or len(set(seeds)) != len(seeds):
@@ -201,25 +225,20 @@ def reverse_trace(
     distances = np.empty((len(pairs), steps + 1, len(seeds), len(seeds)))
     pictures = None
     waiting: list[torch.Tensor] = []  # states of the prompt whose seeds are not all done yet
-    done = 0
+
+    def record(batch):
+        captions = [pairs.caption[p] for p, _ in batch]
+        scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
+        kept = sample(model, captions, [seeds[s] for _, s in batch], scheduler, guidance)
+        gram = _contract(kept, x_0[[p for p, _ in batch]])
+        decoded = model.decode(kept["x_t"][-1]) if images or severity else None
+        return gram, kept["x_t"], decoded
+
     with _bar(len(work), f"sample {sampler}", progress) as bar:
-        while done < len(work):
-            batch = work[done : done + batch_size]
-            captions = [pairs.caption[p] for p, _ in batch]
-            scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
-            try:
-                kept = sample(model, captions, [seeds[s] for _, s in batch], scheduler, guidance)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                torch.cuda.empty_cache()
-                batch_size = len(batch) // 2
-                continue
-            gram = _contract(kept, x_0[[p for p, _ in batch]])
-            decoded = model.decode(kept["x_t"][-1]) if images or severity else None
+        for batch, (gram, x_t, decoded) in _batches(work, batch_size, record):
             for n, (p, s) in enumerate(batch):
                 grams[p, s] = gram[n]
-                waiting.append(kept["x_t"][:, n].clone())
+                waiting.append(x_t[:, n].clone())
                 if s == len(seeds) - 1:
                     distances[p] = _pair_distances(torch.stack(waiting, 1))
                     waiting.clear()
@@ -227,7 +246,6 @@ def reverse_trace(
                     if pictures is None:
                         pictures = np.empty((len(pairs), len(seeds), *decoded.shape[1:]), np.uint8)
                     pictures[p, s] = decoded[n]
-            done += len(batch)
             bar.update(len(batch))
     trace = xr.Dataset(
         {
@@ -240,7 +258,7 @@ def reverse_trace(
     if severity is not None:
         scores = np.full((len(pairs), len(seeds)), np.nan)
         if pictures is not None:
-            for p, file in enumerate(_images(pairs)):
+            for p, file in enumerate(image_files(pairs)):
                 if file:
                     target = read_image(file, pictures.shape[2])
                     scores[p] = similarity(pictures[p], target, severity)
@@ -279,7 +297,7 @@ def forward_trace(
     `x_gen` does not exist (NaN).
     """
     pairs = pairs.reset_index(drop=True)
-    missing = [i for i, f in zip(pairs.prompt_id, _images(pairs), strict=True) if not f]
+    missing = [i for i, f in zip(pairs.prompt_id, image_files(pairs), strict=True) if not f]
     if missing:
         raise ValueError(f"a forward trace noises training images, and {missing[0]} has none")
     scheduler = make_scheduler(model.scheduler_config, "ddim", 1, model.dtype)
@@ -297,8 +315,8 @@ def forward_trace(
     with _bar(len(pairs) * len(rows), "forward", progress) as bar:
         for p, caption in enumerate(pairs.caption):
             cond, uncond = model.encode_text([caption])
-            for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
+
+            def record(part, p=p, cond=cond, uncond=uncond):
                 d, i = (torch.tensor(index) for index in zip(*part, strict=True))
                 t, a = levels[i], table[levels[i]][:, None, None, None]
                 x_t = a.sqrt() * x_0[p] + (1 - a).sqrt() * noise[d]  # [row, c, h, w], float64
@@ -314,17 +332,24 @@ def forward_trace(
                     "x_0": x_0[p].expand_as(x_t), "x_T": noise[d],
                     "x_gen": torch.full_like(x_t, torch.nan), "noise": torch.zeros_like(x_t),
                 }  # fmt: skip
-                gram = gram_matrix(torch.stack([columns[v].flatten(1) for v in VECTORS], 1))
-                grams[p, d.numpy(), i.numpy()] = gram.numpy()
+                vectors = torch.stack([columns[v].flatten(1) for v in VECTORS], 1)
+                return d.numpy(), i.numpy(), gram_matrix(vectors).numpy()
+
+            for part, (d, i, gram) in _batches(rows, batch_size, record):
+                grams[p, d, i] = gram
                 bar.update(len(part))
-    if not np.isfinite(grams[..., 1, 1]).all():
-        raise FloatingPointError(f"the predictions of {model.source} are not finite")
+    if not np.isfinite(grams[..., 1:3, 1:3]).all():
+        raise FloatingPointError(_not_finite(model))
     trace = xr.Dataset(
         {"gram": (("prompt", "draw", "step", "vec", "vec_"), grams)},
         {"draw": range(draws), **_coords(pairs, levels.numpy(), table[levels].numpy())},
     )
     trace.attrs = _attributes(model, "forward", "none")
     return trace
+
+
+def _not_finite(model) -> str:
+    return f"the predictions of {model.source} are not finite in {model.dtype}: use float32"
 
 
 def _bar(total: int, name: str, progress: bool) -> tqdm:

@@ -27,12 +27,25 @@ def make_scheduler(config, sampler: str, steps: int, dtype: torch.dtype = torch.
     limit = config["num_train_timesteps"]
     if not 1 <= steps <= limit:
         raise ValueError(f"steps={steps} is not possible: the model has {limit} timesteps")
-    scheduler = SAMPLERS[sampler].from_config(config)
+    # Latents are never clipped; a config that does not say so would get the pixel models' default.
+    scheduler = SAMPLERS[sampler].from_config(config, clip_sample=False, thresholding=False)
     if dtype == torch.float64:
         for name in ("betas", "alphas", "alphas_cumprod", "final_alpha_cumprod", "one"):
             if hasattr(scheduler, name):
                 setattr(scheduler, name, getattr(scheduler, name).double())
     scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps
+    if int(timesteps.max()) >= limit:
+        raise ValueError(
+            f"steps={steps} is not possible: with this steps_offset at most {limit - 1}"
+        )
+    # DDIM's update goes `limit // steps` timesteps down, whatever the next one is.
+    if sampler == "ddim" and (timesteps[:-1] - limit // steps != timesteps[1:]).any():
+        spacing = scheduler.config.timestep_spacing
+        raise ValueError(f"DDIM skips levels with timestep_spacing={spacing!r}: use 'leading'")
+    if sampler == "ddpm" and scheduler.config.variance_type != "fixed_small":
+        kind = scheduler.config.variance_type
+        raise ValueError(f"DDPM with variance_type={kind!r} is not supported, only 'fixed_small'")
     return scheduler
 
 
@@ -67,7 +80,7 @@ def oracle_weights(alpha_bar: np.ndarray, sampler: str) -> dict[str, np.ndarray]
 
     DDIM keeps the predicted noise, so $w_T=\sqrt{(1-\bar\alpha_t)/(1-\bar\alpha_T)}$.
     DDPM shrinks it, $w_T=\sqrt{\bar\alpha_T/\bar\alpha_t}\,(1-\bar\alpha_t)/(1-\bar\alpha_T)$, and
-    replaces the rest by fresh noise, whose accumulated vector has coefficient 1.
+    replaces the rest by fresh noise, whose accumulated vector has coefficient 1 while it is not 0.
     In both, $w_0=\sqrt{\bar\alpha_t}-\sqrt{\bar\alpha_T}\,w_T$: the first state is $x_T$ alone.
     """
     start = alpha_bar[0]
@@ -80,7 +93,8 @@ def oracle_weights(alpha_bar: np.ndarray, sampler: str) -> dict[str, np.ndarray]
         raise ValueError(f"no oracle is known for sampler {sampler!r}")
     weights = {"w_0": np.sqrt(alpha_bar) - np.sqrt(start) * w_T, "w_T": w_T}
     if sampler == "ddpm":
-        weights["w_noise"] = np.ones_like(w_T)
+        # There is none before the first update, and none is added by the last.
+        weights["w_noise"] = ((share < 1) & (share > 0)).astype(float)
     return weights
 
 

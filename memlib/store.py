@@ -16,7 +16,9 @@ import pandas as pd
 import xarray as xr
 from filelock import FileLock
 
+import memlib.pairs
 from memlib import gram, models, sample, schedule, severity
+from memlib.checksums import sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,6 +44,8 @@ def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **
     OSError
         The trace cannot be written: no space, no permission. Nothing is left half-written.
     """
+    if "seeds" in settings:
+        settings["seeds"] = list(settings["seeds"])  # the key must not use up a generator
     key = _key(function, model, pairs, settings)
     folder = cache_folder() / f"{function.__name__}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -69,21 +73,23 @@ def _key(function, model, pairs: pd.DataFrame, settings: dict) -> str:
     if callable(values.get("guidance_scale")):
         values["guidance_scale"] = sample.guidance_values(values["guidance_scale"], values["steps"])
     columns = [c for c in ("prompt_id", "caption", "kind", "multiplicity") if c in pairs]
-    files = [Path(f) for f in pairs.get("image", pd.Series(dtype=str)) if f]
-    code = "".join(inspect.getsource(m) for m in (gram, models, sample, schedule, severity))
+    modules = (gram, models, memlib.pairs, sample, schedule, severity)
+    packages = ("torch", "diffusers", "transformers", "numpy", "pillow", "onnxruntime")
     parts = [
         function.__name__,
         model.fingerprint,
         json.dumps(values, default=_plain, sort_keys=True),
         pairs[columns].to_csv(index=False),
-        *(hashlib.sha256(f.read_bytes()).hexdigest() for f in files),
-        code,
-        *(version(p) for p in ("torch", "diffusers", "transformers")),
+        *(sha256(Path(f)) if f else "" for f in sample.image_files(pairs)),
+        json.dumps(model.scheduler_config, default=str, sort_keys=True),
+        f"{model.dtype} {model.device.type}",
+        *(inspect.getsource(module) for module in modules),
+        *(version(package) for package in packages),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
 def _plain(value):
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     return list(value)

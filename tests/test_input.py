@@ -33,6 +33,8 @@ def lab():
         (lambda lab, p: memlib.reverse_trace(lab, p, severity="ssdc"), "did you mean 'sscd'"),
         (lambda lab, p: memlib.reverse_trace(lab, p, steps=1001), "1000 timesteps"),
         (lambda lab, p: memlib.reverse_trace(lab, p, steps=0), "steps=0"),
+        (lambda lab, p: memlib.reverse_trace(lab, p, steps=1000), "at most 999"),
+        (lambda lab, p: memlib.reverse_trace(lab, p, batch_size=0), "at least 1"),
         (lambda lab, p: memlib.reverse_trace(lab, p, seeds=[1, 1]), "distinct"),
         (lambda lab, p: memlib.reverse_trace(lab, p, seeds=[]), "at least one"),
         (
@@ -58,6 +60,8 @@ def test_unknown_names_in_the_algebra(lab):
         (lambda: memlib.reference_weights(trace, "schedul"), "did you mean 'schedule'"),
         (lambda: memlib.weights(trace, "x_gan"), "did you mean 'x_gen'"),
         (lambda: memlib.noise_loss(trace), "forward trace"),
+        (lambda: memlib.deviations(trace, first=0), "must lie in 1"),
+        (lambda: memlib.x0_hat(trace.drop_vars("guidance_scale")), "give one"),
         (lambda: memlib.spread(trace), "at least 2 seeds"),
     ):
         with pytest.raises((KeyError, ValueError)) as error:
@@ -134,6 +138,7 @@ def manifest(tmp_path, text, encoding="utf-8"):
         ("caption\ncafé\n", "latin-1", "not UTF-8"),
         ("caption,image\na,gone.png\n", "utf-8", "gone.png is missing"),
         ("", "utf-8", "cannot be read"),
+        ("caption,kind\na dog, on a mat,normal\n", "utf-8", "quote captions"),
     ],
 )
 def test_broken_manifests(tmp_path, text, encoding, pattern):
@@ -162,7 +167,7 @@ def test_bad_images(tmp_path):
         file = manifest(tmp_path, f"caption,image\na,{name}.png\n")
         with pytest.raises(PairsError) as error:
             memlib.load_pairs(file)
-        one_line(error, rf"{name}\.png.*{pattern}|{pattern}")
+        one_line(error, rf"{name}\.png.*{pattern}")
 
 
 def test_manifests_in_three_formats_and_plain_captions(tmp_path):
@@ -228,6 +233,19 @@ def test_the_cache_computes_once_and_sees_every_change(lab, tmp_path, monkeypatc
     memlib.recorded(reverse_trace, lab, pairs.assign(caption="other"))
     memlib.recorded(reverse_trace, lab, pairs, guidance_scale=lambda step: step)
     assert calls == [2, 3, 2, 2]
+    # which prompt an image belongs to, and what is in it
+    two = memlib.load_pairs("lab").iloc[:2]
+    first_only, second_only = (
+        two.assign(image=[f if i == n else "" for i, f in enumerate(two.image)]) for n in (0, 1)
+    )
+    other = two.assign(image=list(two.image[::-1]))
+    for changed in (first_only, second_only, other):
+        memlib.recorded(reverse_trace, lab, changed)
+    monkeypatch.setattr(lab, "fingerprint", "other weights")
+    memlib.recorded(reverse_trace, lab, pairs)
+    monkeypatch.undo()
+    monkeypatch.setenv("MEMLIB_CACHE", str(tmp_path))
+    assert len(calls) == 8
 
     def broken(model, pairs):
         raise RuntimeError("killed")
@@ -236,11 +254,12 @@ def test_the_cache_computes_once_and_sees_every_change(lab, tmp_path, monkeypatc
         memlib.recorded(broken, lab, pairs)
     assert not [p for p in tmp_path.glob("broken*") if p.is_dir()]
     # a half-written entry, as a kill leaves it, is not read
-    entry = next(p for p in tmp_path.glob("reverse_trace*") if p.is_dir())
-    entry.rename(entry.with_suffix(".partial"))
+    entries = [p for p in tmp_path.glob("reverse_trace*") if p.is_dir()]
+    assert len(entries) == 8
+    for entry in entries:
+        entry.rename(entry.with_suffix(".partial"))
     memlib.recorded(reverse_trace, lab, pairs)
-    memlib.recorded(reverse_trace, lab, pairs, steps=3)
-    assert len(calls) == 5
+    assert len(calls) == 9
     assert store.cache_folder() == tmp_path
 
 
@@ -261,3 +280,27 @@ def test_a_full_disk_leaves_nothing_behind(lab, tmp_path, monkeypatch):
         memlib.recorded(memlib.reverse_trace, lab, pairs, **settings)
     one_line(error, "set MEMLIB_CACHE")
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+def test_a_changed_reference_picture_is_named(tmp_path, monkeypatch):
+    from memlib import pairs
+
+    copy = tmp_path / "lab"
+    shutil.copytree(models.LAB, copy, ignore=shutil.ignore_patterns("unet", "vae", "checkpoints"))
+    monkeypatch.setattr(pairs, "LAB_PAIRS", copy / "pairs.csv")
+    assert len(memlib.load_pairs("lab"))
+    Image.new("RGB", (64, 64), "red").save(copy / "pairs" / "control-0.png")
+    with pytest.raises(PairsError) as error:
+        memlib.load_pairs("lab")
+    one_line(error, "control-0.png is damaged")
+
+
+def test_numbers_stay_text_where_they_are_names(tmp_path):
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt_id": "0001", "caption": "12", "multiplicity": 3}\n'
+        '{"prompt_id": "1", "caption": "012"}\n'
+    )
+    found = memlib.load_pairs(tmp_path / "p.jsonl")
+    assert list(found.prompt_id) == ["0001", "1"]
+    assert list(found.caption) == ["12", "012"]
+    assert found.multiplicity[0] == 3

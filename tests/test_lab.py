@@ -65,8 +65,8 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(train.Stage, "update", killed)
-            vae = train.train_vae(1, "cpu")
-            return train.train_unet(vae, tokenizer, 1, "cpu", lambda *_: None)
+            vae = train.train_vae("cpu")
+            return train.train_unet(vae, tokenizer, "cpu", lambda *_: None)
 
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

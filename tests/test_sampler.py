@@ -65,9 +65,7 @@ def test_images_equal_the_pipeline(lab):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_the_batch_size_changes_no_noise_and_rounds_latents_only(lab, sampler):
     pairs = memlib.load_pairs("lab").iloc[[0, 50]]
-    kw = dict(
-        seeds=[0, 1, 2], sampler=sampler, steps=6, severity=None, images=False, progress=False
-    )
+    kw = dict(seeds=[0, 1, 2], sampler=sampler, steps=6, severity=None, progress=False)
     one = memlib.reverse_trace(lab, pairs, batch_size=6, **kw)
     for batch_size in (1, 4):
         other = memlib.reverse_trace(lab, pairs, batch_size=batch_size, **kw)
@@ -78,6 +76,9 @@ def test_the_batch_size_changes_no_noise_and_rounds_latents_only(lab, sampler):
         # Convolutions sum in another order in another batch: float32 rounding, amplified by
         # guidance over the steps.
         np.testing.assert_allclose(one.gram, other.gram, rtol=2e-3, atol=2e-1)
+        np.testing.assert_allclose(one.pair_distance, other.pair_distance, rtol=2e-3, atol=2e-2)
+        # and the pictures belong to their own prompt and seed
+        np.testing.assert_allclose(one.image.astype(int), other.image.astype(int), atol=3)
 
 
 def test_gram_equals_direct_tensors(lab):
@@ -206,3 +207,73 @@ def test_the_conversion_of_predictions():
     for kind, output in outputs.items():
         model.prediction_type = kind
         torch.testing.assert_close(model.to_epsilon(output, x_t, a), eps, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_out_of_memory_halves_the_batch_and_loses_nothing(direction, monkeypatch):
+    lab = memlib.load("lab")
+    pairs = memlib.load_pairs("lab").iloc[[0, 50]]
+
+    def record(batch_size):
+        if direction == "forward":
+            return memlib.forward_trace(
+                lab, pairs, [100, 900], draws=3, batch_size=batch_size, progress=False
+            )
+        return memlib.reverse_trace(
+            lab, pairs, seeds=[0, 1, 2], steps=3, severity=None, batch_size=batch_size,
+            progress=False,
+        )  # fmt: skip
+
+    expected = record(batch_size=1)
+    predict, sizes = lab.predict, []
+
+    def small(x, t, text):
+        sizes.append(len(x))
+        if len(x) > 2:  # one image, two branches
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(x, t, text)
+
+    monkeypatch.setattr(lab, "predict", small)
+    found = record(batch_size=6)
+    assert max(sizes) > 2
+    np.testing.assert_array_equal(found.gram, expected.gram)
+    monkeypatch.setattr(lab, "predict", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(MemoryError, match="single image"):
+        record(batch_size=2)
+
+
+@pytest.mark.parametrize("branch", ["uncond", "cond"])
+def test_predictions_that_are_not_finite_are_refused(branch, monkeypatch):
+    lab = memlib.load("lab")
+    pairs = memlib.load_pairs("lab").iloc[:1]
+    predict = lab.predict
+
+    def broken(x, t, text):
+        out = predict(x, t, text)
+        out.chunk(2)[branch == "cond"].fill_(torch.nan)
+        return out
+
+    monkeypatch.setattr(lab, "predict", broken)
+    with pytest.raises(FloatingPointError, match="not finite in torch.float32: use float32"):
+        memlib.reverse_trace(lab, pairs, seeds=[0], steps=2, severity=None, progress=False)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        memlib.forward_trace(lab, pairs, [500], draws=1, progress=False)
+
+
+def test_samplers_that_would_be_misread_are_refused():
+    config = dict(memlib.models.stable_diffusion_schedule())
+    with pytest.raises(ValueError, match="use 'leading'"):
+        schedule.make_scheduler({**config, "timestep_spacing": "linspace"}, "ddim", 50)
+    with pytest.raises(ValueError, match="only 'fixed_small'"):
+        schedule.make_scheduler({**config, "variance_type": "learned"}, "ddpm", 50)
+    del config["clip_sample"]
+    assert not schedule.make_scheduler(config, "ddpm", 50).config.clip_sample
+
+
+def test_the_algebra_keeps_working_on_a_part_of_a_trace(lab):
+    pairs = memlib.load_pairs("lab").iloc[:2]
+    trace = memlib.reverse_trace(lab, pairs, seeds=[0, 1], steps=3, severity=None, progress=False)
+    whole = memlib.cosine(trace, "eps_cfg", "x_0").isel(prompt=1)
+    np.testing.assert_array_equal(memlib.cosine(trace.isel(prompt=1), "eps_cfg", "x_0"), whole)
+    difference = memlib.norm(trace, {"eps_cfg": 1, "eps_uncond": -1})
+    np.testing.assert_allclose(difference, 7.5 * memlib.norm(trace, "eps_delta"), rtol=1e-9)

@@ -31,6 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from memlib.lab.scenes import (
     COLOURS,
+    CONTROL_COPIES,
     DATA,
     NORMAL_SPRITES,
     PLANTED_PER_MULTIPLICITY,
@@ -174,9 +175,11 @@ def _orthogonal(x: torch.Tensor) -> torch.Tensor:
 class Stage:
     """Parameters, AdamW with warm-up and cosine decay, and EMA, saved and resumed together."""
 
-    def __init__(self, name: str, modules: dict[str, torch.nn.Module], quick: int, device: str):
+    def __init__(
+        self, name: str, modules: dict[str, torch.nn.Module], device: str, after: str = ""
+    ):
         self.name, self.modules, self.device = name, modules, device
-        self.steps = STAGES[name]["steps"] // quick
+        self.steps = STAGES[name]["steps"]
         self.batch, self.save_every = STAGES[name]["batch"], STAGES[name]["save"]
         for module in modules.values():
             module.to(device).train()
@@ -200,9 +203,14 @@ class Stage:
         ]
         self.ema = EMAModel(self.parameters, decay=0.998)
         self.step = 0
+        self.recipe = f"{name} {STAGES[name]} {world_digest()} {_shapes(modules)} {after}"
         self.file = WORK / f"{name}.pt"
         if self.file.exists():
             state = torch.load(self.file, map_location=device, weights_only=True)
+            if state["recipe"] != self.recipe:
+                raise SystemExit(
+                    f"error: {self.file} is of another recipe than this program's: move {WORK} away"
+                )
             for key, module in modules.items():
                 module.load_state_dict(state["modules"][key])
             for part, saved in zip(
@@ -235,7 +243,7 @@ class Stage:
         state = {
             "modules": {k: m.state_dict() for k, m in self.modules.items()},
             "optimizers": [part.state_dict() for part in self.optimizers + self.schedules],
-            "ema": self.ema.state_dict(), "step": self.step,
+            "ema": self.ema.state_dict(), "step": self.step, "recipe": self.recipe,
         }  # fmt: skip
         torch.save(state, self.file.with_suffix(".tmp"))
         os.replace(self.file.with_suffix(".tmp"), self.file)
@@ -265,6 +273,16 @@ class Stage:
 # ------------------------------------------------------------------------------------- the stages
 
 
+def world_digest() -> str:
+    """A hash of all captions and scenes."""
+    return hashlib.sha256(repr(world()).encode()).hexdigest()[:16]
+
+
+def _shapes(modules: dict[str, torch.nn.Module]) -> str:
+    shapes = [tuple(p.shape) for m in modules.values() for p in m.parameters()]
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+
+
 def random_pictures(rng: np.random.Generator, count: int) -> torch.Tensor:
     """Fresh scenes for the VAE, half normal, half odd. It never sees a planted or held-out one."""
     scenes = [
@@ -284,10 +302,10 @@ def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
     return float((-10 * error.log10()).mean())
 
 
-def train_vae(quick: int, device: str) -> AutoencoderKL:
+def train_vae(device: str) -> AutoencoderKL:
     torch.manual_seed(1)
     vae = make_vae()
-    stage = Stage("vae", {"vae": vae}, quick, device)
+    stage = Stage("vae", {"vae": vae}, device)
     held_out = pixels([render(r.scene) for r in world() if r.kind in ("held-out", "planted")])
     with stage.progress() as bar:
         while stage.step < stage.steps:
@@ -323,9 +341,13 @@ def train_vae(quick: int, device: str) -> AutoencoderKL:
 
 
 def encode(vae: AutoencoderKL, x: torch.Tensor, scale: float) -> torch.Tensor:
-    """Latents (posterior mode, scaled) of pictures in [-1, 1], on the CPU."""
+    """Latents (posterior mode, scaled) of pictures in [-1, 1], on the CPU.
+
+    One picture at a time: in a batch the bits would depend on its neighbours, and a resumed run
+    has other neighbours.
+    """
     with torch.no_grad():
-        parts = [vae.encode(p.to(vae.device)).latent_dist.mode().cpu() for p in x.split(64)]
+        parts = [vae.encode(p.to(vae.device)).latent_dist.mode().cpu() for p in x.split(1)]
     return torch.cat(parts) * scale
 
 
@@ -377,11 +399,14 @@ class Stream:
         return torch.cat(parts), captions
 
 
-def train_unet(vae, tokenizer, quick: int, device: str, snapshot) -> dict:
+def train_unet(vae, tokenizer, device: str, snapshot) -> dict:
     torch.manual_seed(2)
     unet, text = make_unet(), make_text_encoder(tokenizer)
     alpha_bar = make_scheduler().alphas_cumprod.to(device)
-    stage = Stage("unet", {"unet": unet, "text_encoder": text}, quick, device)
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())
+    vae_digest = hashlib.sha256(weights).hexdigest()[:16]
+    modules = {"unet": unet, "text_encoder": text}
+    stage = Stage("unet", modules, device, after=vae_digest)
     stream = Stream(vae)
     with stage.progress() as bar:
         while stage.step < stage.steps:
@@ -405,7 +430,7 @@ def train_unet(vae, tokenizer, quick: int, device: str, snapshot) -> dict:
             stage.update((error / a).mean())
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            if stage.step in [s // quick for s in SNAPSHOTS] or stage.step == stage.steps:
+            if stage.step in SNAPSHOTS or stage.step == stage.steps:
                 with stage.averaged():
                     snapshot(stage.step, unet, text)
             if stage.due():
@@ -483,6 +508,8 @@ def write_facts(vae, modules: dict, folder: Path) -> None:
         "exposures_128": 128 * epochs,
         "normal_share": sum(r.copies for r in world() if r.kind == "normal") / rows,
         "reuse": REUSE,
+        "control_scenes": CONTROL_COPIES * (epochs // REUSE + 1),
+        "latent_noise": LATENT_NOISE,
         "dropout": CAPTION_DROPOUT,
     }
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -494,7 +521,8 @@ def export(vae, tokenizer, modules: dict, folder: Path) -> None:
     pipeline(vae, tokenizer, **modules).save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):  # older transformers read these
         shutil.copy(WORK / "tokenizer" / name, folder / "tokenizer" / name)
-    for snapshot in sorted((WORK / "snapshots").glob("step-*")):
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for snapshot in (WORK / "snapshots" / f"step-{step:05d}" for step in SNAPSHOTS):
         shutil.copytree(snapshot, folder / "checkpoints" / snapshot.name, dirs_exist_ok=True)
     for file in folder.rglob("unet/*.safetensors"):
         weights = {name: w.half() for name, w in load_file(file).items()}
@@ -507,10 +535,9 @@ def export(vae, tokenizer, modules: dict, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=DATA, help="where the pipeline is written")
-    parser.add_argument("--quick", type=int, default=1, help="divide the steps, to try the program")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    vae = train_vae(args.quick, args.device)
+    vae = train_vae(args.device)
     tokenizer = make_tokenizer(WORK / "tokenizer")
 
     def snapshot(step: int, unet, text_encoder) -> None:
@@ -520,7 +547,7 @@ def main() -> None:
             for name, module in (("unet", unet), ("text_encoder", text_encoder)):
                 module.save_pretrained(folder / name)
 
-    modules = train_unet(vae, tokenizer, args.quick, args.device, snapshot)
+    modules = train_unet(vae, tokenizer, args.device, snapshot)
     export(vae, tokenizer, modules, args.out)
 
 
