@@ -12,13 +12,13 @@ import xarray as xr
 
 from memlib import schedule
 from memlib.errors import nearest
-from memlib.gram import Combination, add, eps_cfg, inner, least_squares, own_scale
+from memlib.gram import Combination, Number, add, eps_cfg, inner, least_squares, own_scale
 
 REFERENCES = ("schedule", "oracle")
 BRANCHES = {"cond": "eps_cond", "uncond": "eps_uncond"}
 
 
-def x0_hat(trace: xr.Dataset, guidance_scale: float | xr.DataArray | None = None) -> Combination:
+def x0_hat(trace: xr.Dataset, guidance_scale: Number | None = None) -> Combination:
     r"""Estimated latents, $(x_t-\sqrt{1-\bar\alpha_t}\,\tilde\epsilon)/\sqrt{\bar\alpha_t}$.
 
     Parameters
@@ -39,7 +39,7 @@ def x0_hat(trace: xr.Dataset, guidance_scale: float | xr.DataArray | None = None
     return {"x_t": scale, **noise}
 
 
-def overestimation(trace: xr.Dataset, guidance_scale: float | None = None) -> xr.DataArray:
+def overestimation(trace: xr.Dataset, guidance_scale: Number | None = None) -> xr.DataArray:
     r"""$k_t=\langle\tilde x_0,x\rangle/\|x\|^2$: how many times the estimate contains the image.
 
     1 is a perfect estimate; above 1 the training image is overestimated (Kim et al. 2025).
@@ -64,7 +64,7 @@ def noise_loss(trace: xr.Dataset, branch: str = "cond") -> xr.DataArray:
     return inner(trace, error, error) / trace.attrs["latent_size"]
 
 
-def image_error(trace: xr.Dataset, guidance_scale: float | None = None) -> xr.DataArray:
+def image_error(trace: xr.Dataset, guidance_scale: Number | None = None) -> xr.DataArray:
     r"""$\|\hat x_0-x\|^2/d$: squared distance of the estimate from the image, per number."""
     error = add(x0_hat(trace, guidance_scale), {"x_0": 1.0}, -1.0)
     return inner(trace, error, error) / trace.attrs["latent_size"]

@@ -15,7 +15,8 @@ from memlib.errors import nearest
 
 VECTORS = ("x_t", "eps_uncond", "eps_cond", "x_0", "x_T", "x_gen", "noise")
 
-Combination = dict[str, float | xr.DataArray]
+Number = float | int | xr.DataArray
+Combination = dict[str, Number]
 
 
 def combination(trace: xr.Dataset, vector: str | Combination) -> Combination:
@@ -47,12 +48,12 @@ def own_scale(trace: xr.Dataset) -> xr.DataArray:
     return trace.guidance_scale
 
 
-def eps_cfg(guidance_scale: float | xr.DataArray) -> Combination:
+def eps_cfg(guidance_scale: Number) -> Combination:
     r"""$\tilde\epsilon=\epsilon_\varnothing+g(\epsilon_c-\epsilon_\varnothing)$."""
     return {"eps_uncond": 1 - guidance_scale, "eps_cond": guidance_scale}
 
 
-def add(first: Combination, second: Combination, factor: float = 1.0) -> Combination:
+def add(first: Combination, second: Combination, factor: Number = 1.0) -> Combination:
     """`first + factor * second`."""
     total = dict(first)
     for name, value in second.items():

@@ -141,7 +141,7 @@ class ExactModel:
         self.captions = list(captions)
         if len(self.atoms) == 0 or len(self.atoms) != len(self.captions):
             raise ModelError(f"{len(self.atoms)} atoms do not fit {len(self.captions)} captions")
-        counts = torch.ones(len(self.atoms)) if counts is None else torch.as_tensor(counts)
+        counts = torch.ones(len(self.atoms)) if counts is None else torch.tensor(list(counts))
         self.log_counts = counts.double().log()
         self.scheduler_config = {
             **(scheduler_config or stable_diffusion_schedule()),

@@ -16,7 +16,7 @@ READERS = {
     ".csv": lambda f: pd.read_csv(
         f, dtype={"caption": str, "prompt_id": str}, keep_default_na=False
     ),
-    ".jsonl": lambda f: pd.read_json(f, lines=True, dtype=False, convert_dates=False),
+    ".jsonl": lambda f: pd.read_json(f, lines=True, dtype=False),
     ".parquet": pd.read_parquet,
 }  # fmt: skip
 

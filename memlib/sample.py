@@ -27,7 +27,7 @@ from memlib.schedule import ddpm_noise_coefficients, make_scheduler, state_level
 from memlib.severity import severity as similarity
 
 SCHEMA = "memlib-trace-1"
-Guidance = float | Sequence[float] | Callable[[int], float]
+Guidance = float | int | Sequence[float] | Callable[[int], float]
 
 
 def gram_matrix(
