@@ -44,14 +44,13 @@ from memlib.lab.scenes import (
 from memlib.models import stable_diffusion_schedule
 
 WORK = Path("_build/lab")
-LATENT_CHANNELS = 6
-LATENT_NOISE = 0.15  # of the latents' standard deviation, while the VAE is trained
+LATENT_CHANNELS = 8
 TEXT_WIDTH, TEXT_LENGTH = 128, 24
 CAPTION_DROPOUT = 0.1  # share of rows trained with the empty caption, for guidance
 REUSE = 5  # epochs for which a redrawn scene is kept before it is drawn anew
 STAGES = {  # steps, batch, Muon's and AdamW's learning rates, steps between checkpoints
-    "vae": dict(steps=2400, batch=12, rate=0.02, adam=2e-3, save=200),
-    "unet": dict(steps=4800, batch=64, rate=0.02, adam=1e-3, save=200),
+    "vae": dict(steps=2600, batch=12, rate=0.02, adam=2e-3, save=200),
+    "unet": dict(steps=4400, batch=64, rate=0.02, adam=1e-3, save=200),
 }
 SNAPSHOTS = (500, 1250, 2500)  # U-Net steps shipped besides the last one
 NORMAL_PROMPTS = 16  # of the normal captions, those that the manifest lists
@@ -321,10 +320,7 @@ def train_vae(device: str) -> AutoencoderKL:
             posterior = vae.encode(x).latent_dist
             noise = torch.from_numpy(rng_for("noise", stage.step).standard_normal(
                 posterior.mean.shape, np.float32)).to(device)  # fmt: skip
-            # More noise than the posterior's own: a sampler's latents are never exact, and the
-            # decoder has to forgive that.
-            blur = LATENT_NOISE * posterior.mean.detach().std()
-            y = vae.decode(posterior.mean + (posterior.std + blur) * noise).sample
+            y = vae.decode(posterior.mean + posterior.std * noise).sample
             edges = sum((torch.diff(y, dim=d) - torch.diff(x, dim=d)).abs().mean() for d in (2, 3))
             loss = F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 0.5 * edges
             stage.update(loss + 6e-4 * posterior.kl().mean() / posterior.mean[0].numel())
@@ -509,7 +505,6 @@ def write_facts(vae, modules: dict, folder: Path) -> None:
         "normal_share": sum(r.copies for r in world() if r.kind == "normal") / rows,
         "reuse": REUSE,
         "control_scenes": CONTROL_COPIES * (epochs // REUSE + 1),
-        "latent_noise": LATENT_NOISE,
         "dropout": CAPTION_DROPOUT,
     }
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
