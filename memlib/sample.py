@@ -25,6 +25,7 @@ from memlib.gram import VECTORS
 from memlib.pairs import read_image
 from memlib.schedule import ddpm_noise_coefficients, make_scheduler, state_levels
 from memlib.severity import severity as similarity
+from memlib.severity import sscd_side
 
 SCHEMA = "memlib-trace-1"
 Guidance = float | int | Sequence[float] | Callable[[int], float]
@@ -262,7 +263,9 @@ def reverse_trace(
                 if file:
                     target = read_image(file, pictures.shape[2])
                     scores[p] = similarity(pictures[p], target, severity)
-        trace["severity"] = (("prompt", "seed"), scores, {"measure": severity})
+        side = 0 if pictures is None else sscd_side(pictures.shape[2])
+        note = {"measure": severity, "sscd_side": side}
+        trace["severity"] = (("prompt", "seed"), scores, note)
     if images and pictures is not None:
         trace["image"] = (("prompt", "seed", "y", "x", "rgb"), pictures)
     setting = sorted({float(g) for g in guidance})

