@@ -1,6 +1,7 @@
 """The lab: what is planted, how it is trained, and what the shipped model shows."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,8 +52,13 @@ def test_an_epoch_shows_every_row_as_often_as_it_says(monkeypatch):
 def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
     """A run killed between two checkpoints ends, when started again, in the same weights."""
     tokenizer = train.make_tokenizer(tmp_path / "tokenizer")
-    small = dict(steps=4, batch=4, rate=0.02, adam=1e-3, save=2)
+    small = dict(steps=6, batch=4, rate=0.02, adam=1e-3, save=2)
     monkeypatch.setattr(train, "STAGES", {"vae": small, "unet": small})
+    # eight rows, so that every row comes three times, as a redrawn one does in an epoch's pool
+    some = [r for r in world() if r.kind in ("template", "control")][4:12]
+    unseen = next(r for r in world() if r.kind == "held-out")
+    rows = (*(replace(r, copies=1) for r in some), unseen)
+    monkeypatch.setattr(train, "world", lambda: rows)
 
     def run(folder, kill_at=None):
         monkeypatch.setattr(train, "WORK", folder)
@@ -70,7 +76,7 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
 
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "killed", kill_at=3)
+        run(tmp_path / "killed", kill_at=5)
     resumed = run(tmp_path / "killed")
     for name, module in whole.items():
         other = resumed[name].state_dict()

@@ -372,7 +372,7 @@ class Stream:
         stores = [self.fixed if isinstance(k, str) else self.pool for k in keys]
         new = [j for j, (k, store) in enumerate(zip(keys, stores, strict=True)) if k not in store]
         if new:
-            x = pixels([self._draw(indices[j], self.period) for j in new])
+            x = pixels([self._draw(int(indices[j]), self.period) for j in new])
             for j, z in zip(new, self._encode(x), strict=True):
                 stores[j][keys[j]] = z.half()
         return torch.stack([s[k] for k, s in zip(keys, stores, strict=True)]).float()
