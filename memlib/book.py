@@ -26,6 +26,8 @@ import time
 import tomllib
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -404,8 +406,14 @@ def build(root: Path, profile: str = "full", assignments: str = "", model: str =
     table = root / "book" / "profiles.toml"
     profiles = tomllib.loads(table.read_text()) if table.exists() else {}
     chosen = choose(defaults, profile, profiles, assignments, model)
-    execute_chapters(root, profile, chapters, chosen)
-    return build_site(root, profile, chapters)
+    lock = root / "_build" / profile / "lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            execute_chapters(root, profile, chapters, chosen)
+            return build_site(root, profile, chapters)
+    except Timeout:
+        raise BookError(f"another build of profile {profile!r} is running here: wait for it") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

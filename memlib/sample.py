@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from diffusers.schedulers import scheduling_ddpm
 from diffusers.utils.torch_utils import randn_tensor
 from einops import einsum
 from jaxtyping import Float
@@ -55,6 +56,22 @@ def guidance_values(guidance_scale: Guidance, steps: int) -> np.ndarray:
     return values
 
 
+@contextlib.contextmanager
+def _overheard(scheduling):
+    """What a step of a diffusers scheduler draws, without drawing it a second time."""
+    drawn, draw = [], scheduling.randn_tensor
+
+    def listen(*args, **kwargs):
+        drawn.append(draw(*args, **kwargs))
+        return drawn[-1]
+
+    scheduling.randn_tensor = listen
+    try:
+        yield drawn
+    finally:
+        scheduling.randn_tensor = draw
+
+
 @torch.no_grad()
 def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guidance: np.ndarray):
     """Sample one batch and keep its whole trajectory on the device.
@@ -86,13 +103,11 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
         unconds.append(model.to_epsilon(out_uncond, x, alpha_bar[i]))
         conds.append(model.to_epsilon(out_cond, x, alpha_bar[i]))
         if stochastic:
-            # The same draw that `scheduler.step` makes: look, put the generator back, let it draw.
-            kept = [g.get_state() for g in generators]
-            z = randn_tensor(shape, generators, model.device, model.dtype)
-            for generator, state in zip(generators, kept, strict=True):
-                generator.set_state(state)
-            noises.append(float(keep[i]) * noises[-1] + float(fresh[i]) * z)
-            x = scheduler.step(out, t, x, generator=generators).prev_sample
+            with _overheard(scheduling_ddpm) as drawn:
+                x = scheduler.step(out, t, x, generator=generators).prev_sample
+            noises.append(float(keep[i]) * noises[-1])
+            if drawn:  # the step to timestep -1 draws none
+                noises[-1] = noises[-1] + float(fresh[i]) * drawn[0]
         else:
             noises.append(noises[-1])
             x = scheduler.step(out, t, x).prev_sample

@@ -11,12 +11,15 @@ from PIL import Image
 from memlib.errors import nearest
 
 SSCD_SIDE = 288  # pixels, the size SSCD was trained at
-ENLARGE = 1.5  # at most: blown up further, small pictures have only edges that SSCD takes for blur
 
 
 def sscd_side(size: int) -> int:
-    """The side in pixels at which SSCD sees a picture of `size`: 288, or 1.5 times a small one."""
-    return min(SSCD_SIDE, round(ENLARGE * size))
+    """The side in pixels at which SSCD sees a picture of `size`: its own, at most 288.
+
+    Blown up, a small picture has only soft edges, and SSCD tells copies from namesakes less well
+    (the chapter on the lab measures it).
+    """
+    return min(SSCD_SIDE, size)
 
 
 def _sscd(model: str, side: int | None) -> Callable:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from filelock import FileLock
 
 from memlib import book
 
@@ -78,6 +79,16 @@ def test_a_wrong_name_or_value_is_refused_in_one_line(root, capfd, arguments, wr
     assert wrong in err
     assert nearest in err
     assert not (root / "_build").exists()
+
+
+def test_two_builds_of_one_profile_do_not_mix(root, capfd):
+    (root / "_build/full").mkdir(parents=True)
+    with FileLock(root / "_build/full/lock"):
+        assert book.main(["--root", str(root)]) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("error: ")
+    assert "running" in err
+    assert err.count("\n") == 1
 
 
 def test_a_profile_with_an_unknown_name_is_refused(root, capfd):
