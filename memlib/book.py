@@ -29,6 +29,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
+PATHS = {"model", "pairs"}  # parameters that may hold a path
 
 
 class BookError(Exception):
@@ -79,7 +80,11 @@ def parameters(name: str, notebook) -> dict:
     found = {}
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
-            for node in ast.parse(cell.source).body:
+            try:
+                lines = ast.parse(cell.source).body
+            except SyntaxError as error:
+                raise BookError(f"chapter {name!r}, parameters cell: {error}") from None
+            for node in lines:
                 try:
                     target = node.targets[0] if isinstance(node, ast.Assign) else node.target
                     found[target.id] = ast.literal_eval(node.value)
@@ -97,6 +102,8 @@ def choose(defaults: dict, profile: str, profiles: dict, assignments: str, model
         raise BookError(unknown("profile", profile, ["full", *profiles]))
     chosen = {name: {} for name in defaults}
     for chapter, values in profiles.get(profile, {}).items():
+        if not isinstance(values, dict):
+            raise BookError(f"profiles.toml, [{profile}]: write chapter.{chapter} = {values!r}")
         for key, value in values.items():
             assign(chosen, defaults, f"{chapter}.{key}", value)
     try:
@@ -150,6 +157,21 @@ def unknown(what: str, name: str, valid) -> str:
 # --- execution --------------------------------------------------------------------------------
 
 
+def place_paths(chosen: dict, work: Path) -> set[str]:
+    """Rewrite paths given from this folder as seen from a kernel's; the chapters that have some.
+
+    A bare word (``lab``) is a name, a path has a slash or an ending.
+    """
+    outside = set()
+    for chapter, values in chosen.items():
+        for name in PATHS & values.keys():
+            path = Path(values[name])
+            if ("/" in values[name] or path.suffix) and path.exists():
+                values[name] = os.path.relpath(path.resolve(), work.resolve())
+                outside.add(chapter)
+    return outside
+
+
 def digest(root: Path, notebook, chosen: dict) -> str:
     """Hash of everything a chapter's outputs depend on."""
     code = [(c.source, c.metadata.get("tags")) for c in notebook.cells if c.cell_type == "code"]
@@ -168,13 +190,19 @@ def fingerprint(root: Path, files, more: str) -> str:
 
 
 def execute_chapters(root: Path, profile: str, chapters: dict, chosen: dict) -> list[str]:
-    """Run the chapters whose digest changed, one after the other; return their names."""
+    """Run the chapters whose digest changed, one after the other; return their names.
+
+    A chapter on a model or manifest of the reader's own always runs: only the cache of traces
+    can tell whether its data changed.
+    """
     build = root / "_build" / profile
+    outside = place_paths(chosen, build / "work")
     executed = []
     for number, (name, notebook) in enumerate(chapters.items(), start=1):
         record = build / "executed" / f"{name}.json"
         wanted = digest(root, notebook, chosen[name])
-        if record.exists() and json.loads(record.read_text())["digest"] == wanted:
+        known = record.exists() and json.loads(record.read_text())["digest"] == wanted
+        if known and name not in outside:
             continue
         start = time.monotonic()
         try:
@@ -185,6 +213,7 @@ def execute_chapters(root: Path, profile: str, chapters: dict, chosen: dict) -> 
             raise
         seconds = time.monotonic() - start
         print(f"{seconds:.1f} s", flush=True)
+        record.unlink(missing_ok=True)  # no moment at which it speaks of another notebook
         write(record.with_suffix(".ipynb"), text)
         write(record, json.dumps({"digest": wanted, "seconds": round(seconds, 1)}))
         executed.append(name)
@@ -247,7 +276,8 @@ def execute(name: str, notebook, chosen: dict, build: Path) -> str:
         )
     except papermill.PapermillExecutionError as error:
         write(log, uncoloured("\n".join(error.traceback)) + "\n")
-        cell, first = error.exec_count - bool(chosen), error.source.strip().splitlines()[0]
+        sources = [c.source for c in notebook.cells if c.cell_type == "code"]
+        cell, first = sources.index(error.source) + 1, error.source.strip().splitlines()[0]
         reason = (error.evalue.strip().splitlines() or [""])[-1]
         raise BookError(
             f"chapter {name!r} failed in code cell {cell} ({first!r}): {error.ename}: {reason}"
@@ -278,8 +308,12 @@ def write(path: Path, text: str) -> None:
     """Write all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 # --- the site ---------------------------------------------------------------------------------
@@ -349,7 +383,9 @@ def build_site(root: Path, profile: str, chapters: dict) -> Path:
         print(*lines[:10], sep="\n", file=sys.stderr)
         raise BookError(f"the site was not built; all messages are in {os.path.relpath(log)}")
     write_notebooks(root, chapters, output / "_build/html/notebooks")
-    shutil.rmtree(site, ignore_errors=True)
+    record.unlink(missing_ok=True)
+    if site.exists():
+        site.rename(output / "old")
     (output / "_build/html").rename(site)
     shutil.rmtree(output)
     write(record, wanted)
@@ -404,7 +440,10 @@ def build(root: Path, profile: str = "full", assignments: str = "", model: str =
     chapters = read_chapters(root)
     defaults = {name: parameters(name, notebook) for name, notebook in chapters.items()}
     table = root / "book" / "profiles.toml"
-    profiles = tomllib.loads(table.read_text()) if table.exists() else {}
+    try:
+        profiles = tomllib.loads(table.read_text()) if table.exists() else {}
+    except tomllib.TOMLDecodeError as error:
+        raise BookError(f"book/profiles.toml: {error}") from None
     chosen = choose(defaults, profile, profiles, assignments, model)
     lock = root / "_build" / profile / "lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -413,7 +452,9 @@ def build(root: Path, profile: str = "full", assignments: str = "", model: str =
             execute_chapters(root, profile, chapters, chosen)
             return build_site(root, profile, chapters)
     except Timeout:
-        raise BookError(f"another build of profile {profile!r} is running here: wait for it") from None
+        raise BookError(
+            f"another build of profile {profile!r} is running here: wait for it"
+        ) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -428,6 +469,9 @@ def main(arguments: list[str] | None = None) -> int:
         site = build(options.root.resolve(), options.profile, options.set, options.model)
     except BookError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}; finished chapters are kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted: finished chapters are kept", file=sys.stderr)

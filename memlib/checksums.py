@@ -18,7 +18,10 @@ def verify(folder: Path, wanted: Callable[[str], bool]) -> None:
     ValueError
         A file is missing or differs; the message names the first one.
     """
-    for line in (folder / "SHA256SUMS").read_text().splitlines():
+    listing = folder / "SHA256SUMS"
+    if not listing.is_file():
+        raise ValueError(f"{listing} is missing: restore it with git checkout -- {listing}")
+    for line in listing.read_text().splitlines():
         expected, _, name = line.partition("  ")
         if not wanted(name):
             continue

@@ -101,6 +101,8 @@ def reference_weights(trace: xr.Dataset, reference: str = "schedule") -> xr.Data
     """
     if reference not in REFERENCES:
         raise ValueError(f"unknown reference {reference!r}{nearest(reference, REFERENCES)}")
+    if reference == "oracle":
+        _whole(trace)
     alpha_bar = trace.alpha_bar.values
     table = (
         schedule.schedule_weights(alpha_bar)
@@ -109,6 +111,11 @@ def reference_weights(trace: xr.Dataset, reference: str = "schedule") -> xr.Data
     )
     coords = {name: trace[name] for name in ("step", "timestep", "alpha_bar")}
     return xr.Dataset({k: ("step", v) for k, v in table.items()}, coords, {"reference": reference})
+
+
+def _whole(trace: xr.Dataset) -> None:
+    if int(trace.step[0]) != 0:
+        raise ValueError("the trace's first state is missing: cut steps off at the end only")
 
 
 def deviations(
@@ -128,6 +135,7 @@ def deviations(
     """
     if trace.attrs["direction"] != "reverse":
         raise ValueError("deviations belong to sampled states: give a reverse trace")
+    _whole(trace)
     if first is not None and not 1 <= first < trace.sizes["step"]:
         raise ValueError(f"first={first} must lie in 1 ... {trace.sizes['step'] - 1}")
     after = slice(1, None if first is None else 1 + first)
@@ -149,4 +157,5 @@ def spread(trace: xr.Dataset) -> xr.DataArray:
     seeds = trace.sizes["seed"]
     if seeds < 2:
         raise ValueError("the spread of seeds needs at least 2 seeds")
-    return trace.pair_distance.sum(("seed", "seed_")) / (seeds * (seeds - 1))
+    distance = trace.pair_distance.sel(seed_=trace.seed.values)  # of a part of the seeds, say
+    return distance.sum(("seed", "seed_")) / (seeds * (seeds - 1))

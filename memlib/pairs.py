@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from memlib.checksums import verify
 from memlib.errors import first_line, nearest
@@ -14,7 +14,8 @@ from memlib.errors import first_line, nearest
 LAB_PAIRS = Path(__file__).resolve().parents[1] / "data" / "lab" / "pairs.csv"
 READERS = {
     ".csv": lambda f: pd.read_csv(
-        f, dtype={"caption": str, "prompt_id": str}, keep_default_na=False
+        f, dtype=dict.fromkeys(("caption", "prompt_id", "image"), str), keep_default_na=False,
+        skip_blank_lines=False,
     ),
     ".jsonl": lambda f: pd.read_json(f, lines=True, dtype=False),
     ".parquet": pd.read_parquet,
@@ -68,7 +69,7 @@ def load_pairs(source: str | Path = "lab") -> pd.DataFrame:
 def check_pairs(pairs: pd.DataFrame, file: Path) -> pd.DataFrame:
     """Validate a manifest's rows and images; see `load_pairs`."""
     where = file.name
-    if not isinstance(pairs.index, pd.RangeIndex):
+    if file.suffix == ".csv" and not isinstance(pairs.index, pd.RangeIndex):
         raise PairsError(f"{where} has more fields than columns: quote captions that hold a comma")
     if "caption" not in pairs:
         near = nearest("caption", pairs.columns)
@@ -88,10 +89,17 @@ def check_pairs(pairs: pd.DataFrame, file: Path) -> pd.DataFrame:
             n = twice.idxmax()
             raise PairsError(f"{where}, row {n + 1}: {column} {pairs[column][n]!r} stands twice")
     if "multiplicity" in pairs:
-        pairs["multiplicity"] = pd.to_numeric(pairs.multiplicity, errors="coerce")
+        numbers = pd.to_numeric(pairs.multiplicity, errors="coerce")
+        wrong = numbers.isna() & pairs.multiplicity.notna() & (pairs.multiplicity != "")
+        if wrong.any():
+            n = wrong.idxmax()
+            raise PairsError(
+                f"{where}, row {n + 1}: multiplicity {pairs.multiplicity[n]!r} is not a number"
+            )
+        pairs["multiplicity"] = numbers
     names = pairs["image"] if "image" in pairs else [""] * len(pairs)
     pairs["image"] = [
-        str((file.parent / name).resolve()) if isinstance(name, str) and name else ""
+        str((file.parent / str(name)).resolve()) if pd.notna(name) and name != "" else ""
         for name in names
     ]
     for name in filter(None, pairs.image):
@@ -112,7 +120,7 @@ def read_image(file: str | Path, size: int | None) -> np.ndarray:
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except FileNotFoundError as error:
         raise PairsError(f"image {file} is missing") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PairsError(f"image {file} cannot be decoded: {first_line(error)}") from error
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)

@@ -110,7 +110,10 @@ def sheet(
     columns: Sequence[str] = (),
     scale: float = 0.62,
 ):
-    """Pictures in rows: `rows` are uint8 [picture, y, x, rgb], `labels` stand at the left."""
+    """Pictures in rows: `rows` are uint8 [picture, y, x, rgb], `labels` stand at the left.
+
+    Labels are plain text: captions may hold a dollar sign.
+    """
     count = max(len(row) for row in rows)
     figure, axes = plt.subplots(
         len(rows), count, figsize=(count * scale + 1.5, len(rows) * scale), squeeze=False
@@ -122,8 +125,8 @@ def sheet(
                 ax.imshow(row[j], interpolation="lanczos")
             if i == 0 and j < len(columns):
                 ax.set_title(columns[j], fontsize=7)
-        axes[i][0].text(-0.12, 0.5, label, transform=axes[i][0].transAxes, ha="right",
-                        va="center", fontsize=7.5)  # fmt: skip
+        axes[i][0].text(-0.12, 0.5, label, parse_math=False, transform=axes[i][0].transAxes,
+                        ha="right", va="center", fontsize=7.5)  # fmt: skip
     return figure
 
 

@@ -106,20 +106,17 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
             with _overheard(scheduling_ddpm) as drawn:
                 x = scheduler.step(out, t, x, generator=generators).prev_sample
             noises.append(float(keep[i]) * noises[-1])
-            if drawn:  # the step to timestep -1 draws none
+            if drawn:  # a step at timestep 0 draws none
                 noises[-1] = noises[-1] + float(fresh[i]) * drawn[0]
         else:
             noises.append(noises[-1])
             x = scheduler.step(out, t, x).prev_sample
         states.append(x)
-    if not all(torch.isfinite(last).all() for last in (x, unconds[-1], conds[-1])):
+    kept = {"x_t": states, "noise": noises, "eps_uncond": unconds, "eps_cond": conds}
+    kept = {name: torch.stack(tensors) for name, tensors in kept.items()}
+    if not all(torch.isfinite(tensor).all() for tensor in kept.values()):
         raise FloatingPointError(_not_finite(model))
-    return {
-        "x_t": torch.stack(states),
-        "noise": torch.stack(noises),
-        "eps_uncond": torch.stack(unconds),
-        "eps_cond": torch.stack(conds),
-    }
+    return kept
 
 
 def _contract(kept: dict, x_0: torch.Tensor) -> np.ndarray:
@@ -231,10 +228,10 @@ def reverse_trace(
 
         descriptor(severity)  # an unknown name fails now, not after the sampling
     pairs = pairs.reset_index(drop=True)
-    guidance = guidance_values(guidance_scale, steps)
     timesteps, alpha_bar = state_levels(
         make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
     )
+    guidance = guidance_values(guidance_scale, steps)
     x_0 = _targets(model, pairs)
     work = [(p, s) for p in range(len(pairs)) for s in range(len(seeds))]
     grams = np.empty((len(pairs), len(seeds), steps + 1, len(VECTORS), len(VECTORS)))
@@ -254,7 +251,7 @@ def reverse_trace(
         for batch, (gram, x_t, decoded) in _batches(work, batch_size, record):
             for n, (p, s) in enumerate(batch):
                 grams[p, s] = gram[n]
-                waiting.append(x_t[:, n].clone())
+                waiting.append(x_t[:, n].to("cpu", copy=True))
                 if s == len(seeds) - 1:
                     distances[p] = _pair_distances(torch.stack(waiting, 1))
                     waiting.clear()
@@ -320,7 +317,11 @@ def forward_trace(
         raise ValueError(f"a forward trace noises training images, and {missing[0]} has none")
     scheduler = make_scheduler(model.scheduler_config, "ddim", 1, model.dtype)
     table = scheduler.alphas_cumprod.double()
+    if draws < 1:
+        raise ValueError(f"draws={draws} must be at least 1")
     levels = torch.as_tensor(list(timesteps))
+    if levels.is_floating_point():
+        raise ValueError("timesteps must be whole numbers")
     if len(levels) == 0 or levels.min() < 0 or levels.max() >= len(table):
         raise ValueError(f"timesteps must lie in 0 ... {len(table) - 1}")
     x_0 = _targets(model, pairs).double()
@@ -367,7 +368,9 @@ def forward_trace(
 
 
 def _not_finite(model) -> str:
-    return f"the predictions of {model.source} are not finite in {model.dtype}: use float32"
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    advice = "use float32" if half else "are its weights whole?"
+    return f"the predictions of {model.source} are not finite in {model.dtype}: {advice}"
 
 
 def _bar(total: int, name: str, progress: bool) -> tqdm:

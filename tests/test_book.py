@@ -138,6 +138,26 @@ def test_profiles_are_kept_apart_and_the_command_line_wins(root):
     assert execute(root) == []
 
 
+def test_a_path_is_the_callers_and_its_chapter_always_runs(root, monkeypatch):
+    (root / "pipe").mkdir()
+    monkeypatch.chdir(root)
+    assert execute(root, assignments="one.model=./pipe") == ["one", "two"]
+    assert outputs(root, "one") == "ran with 10 ../../../pipe\n"
+    assert execute(root, assignments="one.model=./pipe") == ["one"]
+
+
+def test_a_full_disk_is_one_line(root, monkeypatch, capfd):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert book.main(["--root", str(root)]) == 1
+    err = capfd.readouterr().err
+    assert "No space left" in err
+    assert err.count("\n") == 1
+    assert not list(root.rglob("*.tmp"))
+
+
 @pytest.mark.parametrize(
     ("draws", "reason"), [(7, "ValueError: last line"), (8, "the kernel died")]
 )

@@ -33,6 +33,9 @@ def lab():
         (lambda lab, p: memlib.reverse_trace(lab, p, severity="ssdc"), "did you mean 'sscd'"),
         (lambda lab, p: memlib.reverse_trace(lab, p, steps=1001), "1000 timesteps"),
         (lambda lab, p: memlib.reverse_trace(lab, p, steps=0), "steps=0"),
+        (lambda lab, p: memlib.reverse_trace(lab, p, steps=-5), "steps=-5"),
+        (lambda lab, p: memlib.forward_trace(lab, p, [1], draws=0), "draws=0"),
+        (lambda lab, p: memlib.forward_trace(lab, p, [940.0]), "whole numbers"),
         (lambda lab, p: memlib.reverse_trace(lab, p, steps=1000), "at most 999"),
         (lambda lab, p: memlib.reverse_trace(lab, p, batch_size=0), "at least 1"),
         (lambda lab, p: memlib.reverse_trace(lab, p, seeds=[1, 1]), "distinct"),
@@ -63,6 +66,8 @@ def test_unknown_names_in_the_algebra(lab):
         (lambda: memlib.deviations(trace, first=0), "must lie in 1"),
         (lambda: memlib.x0_hat(trace.drop_vars("guidance_scale")), "give one"),
         (lambda: memlib.spread(trace), "at least 2 seeds"),
+        (lambda: memlib.reference_weights(trace.isel(step=[1, 2]), "oracle"), "first state"),
+        (lambda: memlib.deviations(trace.isel(step=[1, 2])), "first state"),
     ):
         with pytest.raises((KeyError, ValueError)) as error:
             call()
@@ -139,6 +144,9 @@ def manifest(tmp_path, text, encoding="utf-8"):
         ("caption,image\na,gone.png\n", "utf-8", "gone.png is missing"),
         ("", "utf-8", "cannot be read"),
         ("caption,kind\na dog, on a mat,normal\n", "utf-8", "quote captions"),
+        ("caption\na\n\nb\n", "utf-8", "row 2: the caption is empty"),
+        ("caption,multiplicity\na,1\nb,many\n", "utf-8", "row 2: multiplicity 'many'"),
+        ("caption,image\na,1\n", "utf-8", "1 is missing"),
     ],
 )
 def test_broken_manifests(tmp_path, text, encoding, pattern):

@@ -157,6 +157,8 @@ def test_pair_distances_are_the_states_own(lab):
     np.testing.assert_allclose(trace.pair_distance[0], direct, rtol=1e-12)
     off = direct[:, [0, 0, 1], [1, 2, 2]].mean(1)
     np.testing.assert_allclose(memlib.spread(trace)[0], off, rtol=1e-12)
+    part = memlib.spread(trace.isel(seed=[0, 1]))
+    np.testing.assert_allclose(part[0], direct[:, 0, 1], rtol=1e-12)
 
 
 def test_guidance_may_change_with_the_step(lab):
@@ -254,7 +256,9 @@ def test_predictions_that_are_not_finite_are_refused(branch, monkeypatch):
         return out
 
     monkeypatch.setattr(lab, "predict", broken)
-    with pytest.raises(FloatingPointError, match=r"not finite in torch.float32: use float32"):
+    with pytest.raises(
+        FloatingPointError, match=r"not finite in torch.float32: are its weights whole"
+    ):
         memlib.reverse_trace(lab, pairs, seeds=[0], steps=2, severity=None, progress=False)
     with pytest.raises(FloatingPointError, match="not finite"):
         memlib.forward_trace(lab, pairs, [500], draws=1, progress=False)

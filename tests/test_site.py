@@ -49,7 +49,8 @@ def site() -> Path:
 @pytest.fixture(scope="session")
 def browser():
     if not CHROMIUM or not DRIVER:
-        pytest.skip("chromium and chromedriver are not installed (Debian: chromium-driver)")
+        give_up = pytest.fail if os.environ.get("CHROMIUM_REQUIRED") else pytest.skip
+        give_up("chromium and chromedriver are not installed (Debian: chromium-driver)")
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
