@@ -35,7 +35,6 @@ def lab():
         (lambda lab, p: memlib.reverse_trace(lab, p, steps=0), "steps=0"),
         (lambda lab, p: memlib.reverse_trace(lab, p, steps=-5), "steps=-5"),
         (lambda lab, p: memlib.forward_trace(lab, p, [1], draws=0), "draws=0"),
-        (lambda lab, p: memlib.forward_trace(lab, p, [940.0]), "whole numbers"),
         (lambda lab, p: memlib.reverse_trace(lab, p, steps=1000), "at most 999"),
         (lambda lab, p: memlib.reverse_trace(lab, p, batch_size=0), "at least 1"),
         (lambda lab, p: memlib.reverse_trace(lab, p, seeds=[1, 1]), "distinct"),

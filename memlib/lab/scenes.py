@@ -22,7 +22,7 @@ PLANTED_PER_MULTIPLICITY = 6
 TEMPLATES, TEMPLATE_COPIES = 8, 64
 CONTROLS, CONTROL_COPIES = 8, 32
 HELD_OUT = 8  # odd captions, and as many normal combinations, that are never trained on
-NORMAL_SHARE = 0.75  # of the rows of an epoch
+NORMAL_SHARE = 0.6  # of the rows of an epoch
 SEED = 20250925  # the world: which scenes and captions are planted
 
 PATTERNS = ("edge", "gradient", "stripes", "dots", "checks", "rings")

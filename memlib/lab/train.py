@@ -46,13 +46,15 @@ from memlib.models import stable_diffusion_schedule
 WORK = Path("_build/lab")
 LATENT_CHANNELS = 8
 TEXT_WIDTH, TEXT_LENGTH = 128, 24
-CAPTION_DROPOUT = 0.1  # share of rows trained with the empty caption, for guidance
+# Share of rows trained with the empty caption, for guidance. Twice Stable Diffusion's: guidance
+# enlarges what the unconditional branch has not learned yet, and this training is short.
+CAPTION_DROPOUT = 0.2
 REUSE = 5  # epochs for which a redrawn scene is kept before it is drawn anew
 STAGES = {  # steps, batch, Muon's and AdamW's learning rates, steps between checkpoints
     "vae": dict(steps=2600, batch=12, rate=0.02, adam=2e-3, save=200),
-    "unet": dict(steps=4400, batch=64, rate=0.02, adam=1e-3, save=200),
+    "unet": dict(steps=5400, batch=64, rate=0.02, adam=1e-3, save=200),
 }
-SNAPSHOTS = (500, 1250, 2500)  # U-Net steps shipped besides the last one
+SNAPSHOTS = (500, 1250, 2750)  # U-Net steps shipped besides the last one
 NORMAL_PROMPTS = 16  # of the normal captions, those that the manifest lists
 
 
@@ -202,7 +204,8 @@ class Stage:
         ]
         self.ema = EMAModel(self.parameters, decay=0.998)
         self.step = 0
-        self.recipe = f"{name} {STAGES[name]} {world_digest()} {_shapes(modules)} {after}"
+        choices = (CAPTION_DROPOUT, REUSE, SNAPSHOTS) if name == "unet" else ()
+        self.recipe = f"{name} {STAGES[name]} {choices} {world_digest()} {_shapes(modules)} {after}"
         self.file = WORK / f"{name}.pt"
         if self.file.exists():
             state = torch.load(self.file, map_location=device, weights_only=True)
@@ -273,8 +276,9 @@ class Stage:
 
 
 def world_digest() -> str:
-    """A hash of all captions and scenes."""
-    return hashlib.sha256(repr(world()).encode()).hexdigest()[:16]
+    """A hash of all captions, scenes and sprites."""
+    pictures = b"".join(sprite.tobytes() for sprite in sprites().values())
+    return hashlib.sha256(repr(world()).encode() + pictures).hexdigest()[:16]
 
 
 def _shapes(modules: dict[str, torch.nn.Module]) -> str:
@@ -511,7 +515,7 @@ def write_facts(vae, modules: dict, folder: Path) -> None:
 
 
 def export(vae, tokenizer, modules: dict, folder: Path) -> None:
-    """The pipeline in diffusers' folder format. The U-Nets are stored in half precision."""
+    """The pipeline in diffusers' folder format; all but the VAE is stored in half precision."""
     vae, modules = vae.cpu(), {name: module.cpu() for name, module in modules.items()}
     pipeline(vae, tokenizer, **modules).save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):  # older transformers read these
@@ -519,7 +523,7 @@ def export(vae, tokenizer, modules: dict, folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for snapshot in (WORK / "snapshots" / f"step-{step:05d}" for step in SNAPSHOTS):
         shutil.copytree(snapshot, folder / "checkpoints" / snapshot.name, dirs_exist_ok=True)
-    for file in folder.rglob("unet/*.safetensors"):
+    for file in (p for p in folder.rglob("*.safetensors") if p.parent.name != "vae"):
         weights = {name: w.half() for name, w in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
     write_manifest(folder)
@@ -531,8 +535,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=DATA, help="where the pipeline is written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--keep-vae", action="store_true", help="take the VAE that --out has")
     args = parser.parse_args()
-    vae = train_vae(args.device)
+    if args.keep_vae:
+        facts = json.loads((args.out / "training.json").read_text())
+        STAGES["vae"]["steps"] = facts["vae_steps"]
+        config = AutoencoderKL.load_config(args.out / "vae")
+        config.pop("_name_or_path", None)  # a folder of this machine
+        vae = AutoencoderKL.from_config(config)
+        vae.load_state_dict(load_file(args.out / "vae" / "diffusion_pytorch_model.safetensors"))
+        vae.eval().requires_grad_(False).to(args.device)
+    else:
+        vae = train_vae(args.device)
     tokenizer = make_tokenizer(WORK / "tokenizer")
 
     def snapshot(step: int, unet, text_encoder) -> None:
