@@ -15,7 +15,7 @@ help: ## List the targets
 	@echo
 	@echo '  make book PROFILE=smoke                    small sizes, to try things out'
 	@echo '  make book P="seeds=4 guidance_scale=3"     every chapter that has these parameters'
-	@echo '  make book P="loss.draws=2" MODEL=./pipe      one chapter; the model of all chapters'
+	@echo '  make book P="loss.draws=2" MODEL=./pipe    one chapter; the model of all chapters'
 
 book: .venv/installed ## Execute the chapters that changed and build the site in _build/html
 	@$(BIN)/python -P memlib/book.py --profile "$$PROFILE" --set "$$P" --model "$$MODEL"
