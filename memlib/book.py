@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import tomllib
+from html import escape
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -176,7 +177,7 @@ def digest(root: Path, notebook, chosen: dict) -> str:
     """Hash of everything a chapter's outputs depend on."""
     code = [(c.source, c.metadata.get("tags")) for c in notebook.cells if c.cell_type == "code"]
     files = [*root.glob("memlib/**/*.py"), *root.glob("memlib/*.mplstyle")]
-    files += [root / "data/lab/SHA256SUMS", root / "constraints.txt"]
+    files += [root / "memlib/claims.toml", root / "data/lab/SHA256SUMS", root / "constraints.txt"]
     files = [path for path in files if path != root / "memlib/book.py"]
     return fingerprint(root, files, json.dumps([code, chosen], sort_keys=True))
 
@@ -349,7 +350,86 @@ def stage(root: Path, profile: str, chapters: dict) -> Path:
         executed = nbformat.read(folder.parent / "executed" / f"{name}.ipynb", as_version=4)
         merged = nbformat.from_dict(merge(notebook, executed))
         (folder / f"{name}.ipynb").write_text(nbformat.writes(merged) + "\n")
+    write_ledger(root, folder.parent / "work" / "results", folder)
     return folder
+
+
+COLUMNS = {"lab": "the lab", "sd14": "SD v1.4", "sd21": "SD v2.1", "realvis": "RealisticVision"}
+SIGNS = {"holds": "✓ ", "does not hold": "✗ ", "not decided": "? ", "not run": ""}
+
+
+def write_ledger(root: Path, results: Path, folder: Path) -> None:
+    """What the chapters left in their results folder, as a matrix, as a list and as a CSV file.
+
+    `memlib.claims` writes the rows; it is not imported here, because torch would come with it.
+    """
+    file = root / "memlib" / "claims.toml"
+    if not file.exists():
+        return
+    claims = tomllib.loads(file.read_text())
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("*/*/*.json"))]
+    rows = {(row["claim"], row["model"], row["sampler"]): row for row in found}
+    models = dict.fromkeys([*COLUMNS, *(row["model"] for row in found)])
+    columns = [(model, sampler) for model in models for sampler in ("ddim", "ddpm")]
+
+    def row_of(claim: str, model: str, sampler: str) -> dict | None:
+        return rows.get((claim, model, sampler)) or rows.get((claim, model, "any"))
+
+    (folder / "_matrix.md").write_text(matrix(claims, models, columns, row_of))
+    (folder / "_ledger.md").write_text(ledger(claims, columns, row_of))
+    lines = ["claim,model,sampler,value,low,high,verdict,prompts,seeds,draws,states,guidance"]
+    for row in sorted(found, key=lambda r: (list(claims).index(r["claim"]), r["model"])):
+        prompts, sizes = "+".join(map(str, row["prompts"])), row["sizes"]
+        numbers = [f"{row[key]:.6g}" for key in ("value", "low", "high")]
+        counts = [str(sizes.get(key, "")) for key in ("seed", "draw", "step")]
+        text = [row["claim"], row["model"], row["sampler"], *numbers, row["verdict"], prompts]
+        lines.append(",".join([*text, *counts, json.dumps(row["guidance"]).replace(",", " ")]))
+    (folder / "_static" / "results.csv").write_text("\n".join(lines) + "\n")
+
+
+def matrix(claims: dict, models, columns: list, row_of) -> str:
+    """The table claims × (model, sampler); a cell links to the figure behind it."""
+    head = "".join(f'<th colspan="2">{escape(COLUMNS.get(m, m))}</th>' for m in models)
+    under = "".join(f"<th>{sampler.upper()}</th>" for _, sampler in columns)
+    lines = ['<div class="ledger"><table>', f'<thead><tr><th rowspan="2">claim</th>{head}</tr>']
+    lines += [f"<tr>{under}</tr></thead><tbody>"]
+    for name, claim in claims.items():
+        cells = [f'<th scope="row"><a href="ledger.html#{name}">{escape(claim["ours"])}</a></th>']
+        for column in columns:
+            row = row_of(name, *column)
+            word = row["verdict"] if row else "not run"
+            text = SIGNS[word] + word
+            if row:
+                text = f'<a href="{claim["chapter"]}.html#{claim["figure"]}">{text}</a>'
+            cells.append(f'<td class="{word.replace(" ", "-")}">{text}</td>')
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return "\n".join([*lines, "</tbody></table></div>", ""])
+
+
+def ledger(claims: dict, columns: list, row_of) -> str:
+    """Every claim with its words, its number and line, and what each run found."""
+    lines = []
+    for name, claim in claims.items():
+        side = "above" if "above" in claim else "below"
+        who = "The paper" if claim["by"] == "paper" else "The question"
+        lines += [f"({name})=", f"## {claim['ours']}", "", f"{who}: {claim['words']}\\"]
+        lines += [f"Judged by: {claim['statistic']}; holds {side} {claim[side]:g}.\\"]
+        lines += [f"Figure: {{numref}}`{claim['figure']}` in [](/{claim['chapter']}).", ""]
+        runs = dict.fromkeys(json.dumps(row_of(name, *column)) for column in columns)
+        for row in map(json.loads, runs):
+            if not row:
+                continue
+            sampler = {"ddim": "DDIM", "ddpm": "DDPM"}.get(row["sampler"], "no sampling")
+            sizes = [f"{' and '.join(map(str, row['prompts']))} prompts"]
+            units = {"seed": "seeds", "draw": "noises", "step": "states"}
+            sizes += [f"{count} {units[dim]}" for dim, count in row["sizes"].items()]
+            lines += [
+                f"- **{row['verdict']}** on {COLUMNS.get(row['model'], row['model'])}, {sampler}: "
+                f"{row['value']:.3g} (95 %: {row['low']:.3g} to {row['high']:.3g}; "
+                f"{', '.join(sizes)})"
+            ]
+        lines += ["" if any(map(json.loads, runs)) else "- not run", ""]
+    return "\n".join(lines)
 
 
 def build_site(root: Path, profile: str, chapters: dict) -> Path:

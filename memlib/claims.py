@@ -1,0 +1,134 @@
+"""The claims ledger: what is claimed, by which number it is judged, and what the runs said.
+
+The claims stand in `claims.toml`, with the line that each number has to pass. A chapter calls
+`settle`, which computes the number, its bootstrap interval over prompts and the verdict, and keeps
+them as one small file for each claim, model and sampler. `memlib.book` puts them on the pages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from scipy import stats
+
+from memlib.errors import nearest
+
+CLAIMS: dict[str, dict] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+RESULTS = Path("results")  # of the folder a chapter runs in
+VERDICTS = ("holds", "does not hold", "not decided", "not run")
+
+
+def ratio(first: np.ndarray, second: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Ratio of two groups' medians."""
+    return np.median(first, axis) / np.median(second, axis)
+
+
+def pearson(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Pearson's correlation."""
+    return stats.pearsonr(x, y, axis=axis).statistic
+
+
+def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Spearman's rank correlation."""
+    return pearson(stats.rankdata(x, axis=axis), stats.rankdata(y, axis=axis), axis)
+
+
+def interval(
+    statistic: Callable, *groups: np.ndarray, paired: bool = False, resamples: int = 2000
+) -> tuple[float, float, float]:
+    """A statistic and its central 95 % over bootstrap samples of the prompts.
+
+    Parameters
+    ----------
+    statistic : takes the groups and `axis`.
+    groups : one number a prompt each. Each group is drawn again on its own, with replacement;
+        with `paired`, the same prompts are drawn from all of them.
+
+    Returns
+    -------
+    value, low, high. The interval is NaN where a resample has no statistic, as a correlation of
+    equal numbers.
+    """
+    groups = [np.asarray(group, dtype=float) for group in groups]
+    value = float(statistic(*groups, axis=-1))
+    if min(len(group) for group in groups) < 2:
+        return value, np.nan, np.nan
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = stats.bootstrap(
+            groups, statistic, paired=paired, n_resamples=resamples, method="percentile",
+            vectorized=True, rng=np.random.default_rng(0),
+        )  # fmt: skip
+    return value, *map(float, found.confidence_interval)
+
+
+def verdict(name: str, low: float, high: float) -> str:
+    """Whether the whole interval lies on the claim's side of its line, on the other, or neither."""
+    claim = CLAIMS[name]
+    if "above" in claim:
+        holds, fails = low > claim["above"], high <= claim["above"]
+    else:
+        holds, fails = high < claim["below"], low >= claim["below"]
+    return "holds" if holds else "does not hold" if fails else "not decided"
+
+
+def settle(
+    name: str, trace: xr.Dataset, statistic: Callable, *groups: np.ndarray, paired: bool = False
+) -> dict:
+    """Judge one claim by `interval(statistic, *groups)` and keep the row in the results folder.
+
+    `trace` says which model and sampler the numbers are of. A forward trace has no sampler: its
+    row stands for all.
+    """
+    if name not in CLAIMS:
+        raise KeyError(f"unknown claim {name!r}{nearest(name, CLAIMS)}")
+    value, low, high = interval(statistic, *groups, paired=paired)
+    attrs = trace.attrs
+    row = {
+        "claim": name,
+        "model": Path(attrs["model"]).name,
+        "sampler": "any" if attrs["direction"] == "forward" else attrs["sampler"],
+        "value": value,
+        "low": low,
+        "high": high,
+        "verdict": verdict(name, low, high),
+        "prompts": [len(group) for group in groups][: 1 if paired else None],
+        "guidance": attrs.get("guidance"),
+        "sizes": {dim: trace.sizes[dim] for dim in ("seed", "draw", "step") if dim in trace.sizes},
+        "fingerprint": attrs["fingerprint"][:12],
+        "versions": json.loads(attrs["versions"]),
+    }
+    file = RESULTS / row["model"] / row["sampler"] / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(row, indent=1))
+    os.replace(partial, file)
+    return row
+
+
+def table(rows: list[dict]) -> pd.DataFrame:
+    """Rows as a reader sees them: claim, number, interval, line, verdict."""
+    shown = []
+    for row in rows:
+        claim = CLAIMS[row["claim"]]
+        side = "above" if "above" in claim else "below"
+        shown.append({
+            "claim": row["claim"], "sampler": row["sampler"], "statistic": f"{row['value']:.3g}",
+            "95 %": f"{row['low']:.3g} to {row['high']:.3g}", "line": f"{side} {claim[side]:g}",
+            "verdict": row["verdict"],
+        })  # fmt: skip
+    return pd.DataFrame(shown).set_index("claim")
+
+
+def read(folder: str | Path = RESULTS) -> pd.DataFrame:
+    """All rows that runs have left in a results folder, in the order of the ledger."""
+    rows = [json.loads(file.read_text()) for file in Path(folder).glob("*/*/*.json")]
+    rows = [row for row in rows if row["claim"] in CLAIMS]
+    order = list(CLAIMS)
+    return pd.DataFrame(sorted(rows, key=lambda r: (order.index(r["claim"]), r["model"], r["sampler"])))
