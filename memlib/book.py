@@ -368,6 +368,7 @@ def write_ledger(root: Path, results: Path, folder: Path) -> None:
         return
     claims = tomllib.loads(file.read_text())
     found = [json.loads(path.read_text()) for path in sorted(results.glob("*/*/*.json"))]
+    found = [row for row in found if row["claim"] in claims]
     rows = {(row["claim"], row["model"], row["sampler"]): row for row in found}
     models = dict.fromkeys([*COLUMNS, *(row["model"] for row in found)])
     columns = [(model, sampler) for model in models for sampler in ("ddim", "ddpm")]
@@ -423,8 +424,9 @@ def ledger(claims: dict, columns: list, row_of) -> str:
             sizes = [f"{' and '.join(map(str, row['prompts']))} prompts"]
             units = {"seed": "seeds", "draw": "noises", "step": "states"}
             sizes += [f"{count} {units[dim]}" for dim, count in row["sizes"].items()]
+            model = COLUMNS.get(row["model"], escape(row["model"]))
             lines += [
-                f"- **{row['verdict']}** on {COLUMNS.get(row['model'], row['model'])}, {sampler}: "
+                f"- **{row['verdict']}** on {model}, {sampler}: "
                 f"{row['value']:.3g} (95 %: {row['low']:.3g} to {row['high']:.3g}; "
                 f"{', '.join(sizes)})"
             ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,17 +26,17 @@ RESULTS = Path("results")  # of the folder a chapter runs in
 VERDICTS = ("holds", "does not hold", "not decided", "not run")
 
 
-def ratio(first: np.ndarray, second: np.ndarray, axis: int = -1) -> np.ndarray:
+def ratio(first: np.ndarray, second: np.ndarray, axis: int = -1):
     """Ratio of two groups' medians."""
     return np.median(first, axis) / np.median(second, axis)
 
 
-def pearson(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+def pearson(x: np.ndarray, y: np.ndarray, axis: int = -1):
     """Pearson's correlation."""
     return stats.pearsonr(x, y, axis=axis).statistic
 
 
-def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1):
     """Spearman's rank correlation."""
     return pearson(stats.rankdata(x, axis=axis), stats.rankdata(y, axis=axis), axis)
 
@@ -60,7 +61,8 @@ def interval(
     value = float(statistic(*groups, axis=-1))
     if min(len(group) for group in groups) < 2:
         return value, np.nan, np.nan
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a resample without a statistic: it shows as NaN
         found = stats.bootstrap(
             groups, statistic, paired=paired, n_resamples=resamples, method="percentile",
             vectorized=True, rng=np.random.default_rng(0),
@@ -131,4 +133,6 @@ def read(folder: str | Path = RESULTS) -> pd.DataFrame:
     rows = [json.loads(file.read_text()) for file in Path(folder).glob("*/*/*.json")]
     rows = [row for row in rows if row["claim"] in CLAIMS]
     order = list(CLAIMS)
-    return pd.DataFrame(sorted(rows, key=lambda r: (order.index(r["claim"]), r["model"], r["sampler"])))
+    return pd.DataFrame(
+        sorted(rows, key=lambda r: (order.index(r["claim"]), r["model"], r["sampler"]))
+    )

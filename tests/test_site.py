@@ -5,15 +5,18 @@ Building it executes every chapter, so this file is also the chapters' test.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from memlib import book
+from memlib import book, claims
 
+EXPECTED = tomllib.loads((book.ROOT / "tests/verdicts.toml").read_text())
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
 FLAGS = "headless no-sandbox disable-gpu disable-background-networking disable-component-update"
@@ -143,6 +146,46 @@ def test_the_chapters_repeat_their_own_results(site):
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
+
+
+def test_every_verdict_links_to_a_figure_that_is_there(site):
+    links = re.findall(r'<td[^>]*><a href="([^"#]+)#([^"]+)"', (site / "index.html").read_text())
+    assert len(links) >= 30
+    for page, anchor in set(links):
+        assert f'id="{anchor}"' in (site / page).read_text(), (page, anchor)
+    entries = re.findall(r'href="ledger.html#([^"]+)"', (site / "index.html").read_text())
+    ledger = (site / "ledger.html").read_text()
+    assert set(claims.CLAIMS) <= set(entries)
+    assert all(f'id="{name}"' in ledger for name in entries)
+
+
+def flips(profile: str) -> list[str]:
+    """Claims whose verdict on the lab is not the expected one."""
+    book.build(book.ROOT, profile)
+    table = claims.read(book.ROOT / f"_build/{profile}/work/results")
+    table = table[table.model == "lab"]
+    found = {(r.claim, r.sampler): r.verdict for r in table.itertuples()}
+    wanted = {(c, s): v for c, row in EXPECTED[profile].items() for s, v in row.items()}
+    return [
+        f"{claim} ({sampler}): {wanted.get((claim, sampler))} → {found.get((claim, sampler))}"
+        for claim, sampler in sorted({*found, *wanted})
+        if found.get((claim, sampler)) != wanted.get((claim, sampler))
+    ]
+
+
+def test_no_claim_flips_on_the_lab_at_small_sizes():
+    assert flips("smoke") == []
+
+
+@pytest.mark.skipif("FULL_BOOK" not in os.environ, reason="takes ten minutes: FULL_BOOK=1, as CI")
+def test_no_claim_flips_on_the_lab():
+    assert flips("full") == []
+
+
+def test_a_flip_is_named(monkeypatch):
+    monkeypatch.setitem(EXPECTED["smoke"], "overestimated", {"ddim": "does not hold"})
+    named = flips("smoke")
+    assert "overestimated (ddim): does not hold → holds" in named
 
 
 def test_nothing_private_is_in_the_site(site):
