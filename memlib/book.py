@@ -395,14 +395,21 @@ def matrix(claims: dict, models, columns: list, row_of) -> str:
     lines = ['<div class="ledger"><table>', f'<thead><tr><th rowspan="2">claim</th>{head}</tr>']
     lines += [f"<tr>{under}</tr></thead><tbody>"]
     for name, claim in claims.items():
-        cells = [f'<th scope="row"><a href="ledger.html#{name}">{escape(claim["ours"])}</a></th>']
-        for column in columns:
-            row = row_of(name, *column)
-            word = row["verdict"] if row else "not run"
-            text = SIGNS[word] + word
-            if row:
-                text = f'<a href="{claim["chapter"]}.html#{claim["figure"]}">{text}</a>'
-            cells.append(f'<td class="{word.replace(" ", "-")}">{text}</td>')
+        by = "" if claim["by"] == "paper" else " <small>(ours)</small>"
+        link = f'<a href="ledger.html#{name}">{escape(claim["title"])}</a>'
+        cells = [f'<th scope="row">{link}{by}</th>']
+        for model in models:
+            pair = [row_of(name, *column) for column in columns if column[0] == model]
+            if not any(pair):
+                cells.append('<td colspan="2" class="not-run">not run</td>')
+                continue
+            for row in pair:
+                word = row["verdict"] if row else "not run"
+                text = SIGNS[word] + word
+                if row:
+                    address = f"{claim['chapter']}.html#{claim['figure']}"
+                    text = f'<a href="{address}">{text}</a><br><small>{row["value"]:.3g}</small>'
+                cells.append(f'<td class="{word.replace(" ", "-")}">{text}</td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return "\n".join([*lines, "</tbody></table></div>", ""])
 
@@ -412,8 +419,9 @@ def ledger(claims: dict, columns: list, row_of) -> str:
     lines = []
     for name, claim in claims.items():
         side = "above" if "above" in claim else "below"
-        who = "The paper" if claim["by"] == "paper" else "The question"
-        lines += [f"({name})=", f"## {claim['ours']}", "", f"{who}: {claim['words']}\\"]
+        who = "The paper" if claim["by"] == "paper" else "The paper, on which it bears"
+        lines += [f"({name})=", f"## {claim['title']}", ""]
+        lines += [f"{claim['ours']}\\", f"{who}: {claim['words']}\\"]
         lines += [f"Judged by: {claim['statistic']}; holds {side} {claim[side]:g}.\\"]
         lines += [f"Figure: {{numref}}`{claim['figure']}` in [](/{claim['chapter']}).", ""]
         runs = dict.fromkeys(json.dumps(row_of(name, *column)) for column in columns)

@@ -58,11 +58,11 @@ def interval(
     equal numbers.
     """
     groups = [np.asarray(group, dtype=float) for group in groups]
-    value = float(statistic(*groups, axis=-1))
-    if min(len(group) for group in groups) < 2:
-        return value, np.nan, np.nan
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a resample without a statistic: it shows as NaN
+        warnings.simplefilter("ignore")  # where there is no statistic, it shows as NaN
+        value = float(statistic(*groups, axis=-1))
+        if min(len(group) for group in groups) < 2:
+            return value, np.nan, np.nan
         found = stats.bootstrap(
             groups, statistic, paired=paired, n_resamples=resamples, method="percentile",
             vectorized=True, rng=np.random.default_rng(0),
