@@ -81,12 +81,18 @@ def verdict(name: str, low: float, high: float) -> str:
 
 
 def settle(
-    name: str, trace: xr.Dataset, statistic: Callable, *groups: np.ndarray, paired: bool = False
+    name: str,
+    trace: xr.Dataset,
+    statistic: Callable,
+    *groups: np.ndarray,
+    paired: bool = False,
+    **sizes: int,
 ) -> dict:
     """Judge one claim by `interval(statistic, *groups)` and keep the row in the results folder.
 
     `trace` says which model and sampler the numbers are of. A forward trace has no sampler: its
-    row stands for all.
+    row stands for all. `sizes` (seed, draw, step) say what the numbers are of where that is not
+    the whole trace.
     """
     if name not in CLAIMS:
         raise KeyError(f"unknown claim {name!r}{nearest(name, CLAIMS)}")
@@ -102,7 +108,7 @@ def settle(
         "verdict": verdict(name, low, high),
         "prompts": [len(group) for group in groups][: 1 if paired else None],
         "guidance": attrs.get("guidance"),
-        "sizes": {dim: trace.sizes[dim] for dim in ("seed", "draw", "step") if dim in trace.sizes},
+        "sizes": {d: trace.sizes[d] for d in ("seed", "draw", "step") if d in trace.sizes} | sizes,
         "fingerprint": attrs["fingerprint"][:12],
         "versions": json.loads(attrs["versions"]),
     }
