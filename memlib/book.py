@@ -378,13 +378,16 @@ def write_ledger(root: Path, results: Path, folder: Path) -> None:
 
     (folder / "_matrix.md").write_text(matrix(claims, models, columns, row_of))
     (folder / "_ledger.md").write_text(ledger(claims, columns, row_of))
-    lines = ["claim,model,sampler,value,low,high,verdict,prompts,seeds,draws,states,guidance"]
+    lines = ["claim,model,fingerprint,sampler,value,low,high,verdict,prompts,seeds,draws,states,"
+             "guidance,versions"]  # fmt: skip
     for row in sorted(found, key=lambda r: (list(claims).index(r["claim"]), r["model"])):
         prompts, sizes = "+".join(map(str, row["prompts"])), row["sizes"]
         numbers = [f"{row[key]:.6g}" for key in ("value", "low", "high")]
         counts = [str(sizes.get(key, "")) for key in ("seed", "draw", "step")]
-        text = [row["claim"], row["model"], row["sampler"], *numbers, row["verdict"], prompts]
-        lines.append(",".join([*text, *counts, json.dumps(row["guidance"]).replace(",", " ")]))
+        text = [row["claim"], row["model"], row["fingerprint"], row["sampler"], *numbers]
+        guidance = json.dumps(row["guidance"]).replace(",", " ")
+        versions = "; ".join(f"{name} {version}" for name, version in row["versions"].items())
+        lines.append(",".join([*text, row["verdict"], prompts, *counts, guidance, versions]))
     (folder / "_static" / "results.csv").write_text("\n".join(lines) + "\n")
 
 

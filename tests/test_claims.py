@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from scipy import stats
@@ -131,7 +132,7 @@ def ledger_of(tmp_path, rows):
 def row(claim="overestimated", model="lab", sampler="ddim", verdict="holds"):
     return {"claim": claim, "model": model, "sampler": sampler, "verdict": verdict, "value": 6.9,
             "low": 6.8, "high": 7.0, "prompts": [18], "sizes": {"seed": 10, "step": 51},
-            "guidance": 7.5}  # fmt: skip
+            "guidance": 7.5, "fingerprint": "f" * 12, "versions": {"torch": "2"}}  # fmt: skip
 
 
 def test_what_was_not_run_says_so(tmp_path):
@@ -157,4 +158,7 @@ def test_the_matrix_has_a_column_for_each_model_and_sampler(tmp_path):
         "- **holds** on the lab, DDIM: 6.9 (95 %: 6.8 to 7; 18 prompts, 10 seeds, 51 states)"
         in ledger
     )
-    assert "gone" not in (tmp_path / "stage/_static/results.csv").read_text()
+    table = pd.read_csv(tmp_path / "stage/_static/results.csv")
+    assert list(table.claim) == ["loss-identity", "overestimated", "overestimated", "overestimated"]
+    assert table.value.eq(6.9).all()
+    assert table.versions.eq("torch 2").all()
