@@ -46,13 +46,11 @@ from memlib.models import stable_diffusion_schedule
 WORK = Path("_build/lab")
 LATENT_CHANNELS = 8
 TEXT_WIDTH, TEXT_LENGTH = 128, 24
-# Share of rows trained with the empty caption, for guidance. Twice Stable Diffusion's: guidance
-# enlarges what the unconditional branch has not learned yet, and this training is short.
-CAPTION_DROPOUT = 0.2
+CAPTION_DROPOUT = 0.1  # share of rows trained with the empty caption, for guidance
 REUSE = 5  # epochs for which a redrawn scene is kept before it is drawn anew
 STAGES = {  # steps, batch, Muon's and AdamW's learning rates, steps between checkpoints
     "vae": dict(steps=2600, batch=12, rate=0.02, adam=2e-3, save=200),
-    "unet": dict(steps=5400, batch=64, rate=0.02, adam=1e-3, save=200),
+    "unet": dict(steps=6000, batch=64, rate=0.02, adam=1e-3, save=200),
 }
 SNAPSHOTS = (500, 1250, 2750)  # U-Net steps shipped besides the last one
 NORMAL_PROMPTS = 16  # of the normal captions, those that the manifest lists
