@@ -433,8 +433,8 @@ def ledger(claims: dict, columns: list, row_of) -> str:
                 continue
             sampler = {"ddim": "DDIM", "ddpm": "DDPM"}.get(row["sampler"], "no sampling")
             sizes = [f"{' and '.join(map(str, row['prompts']))} prompts"]
-            units = {"seed": "seeds", "draw": "noises", "step": "states"}
-            sizes += [f"{count} {units[dim]}" for dim, count in row["sizes"].items()]
+            units = {"seed": "seed", "draw": "noise", "step": "state"}
+            sizes += [f"{n} {units[dim]}{'s' * (n != 1)}" for dim, n in row["sizes"].items()]
             model = COLUMNS.get(row["model"], escape(row["model"]))
             lines += [
                 f"- **{row['verdict']}** on {model}, {sampler}: "

@@ -23,7 +23,6 @@ from memlib.errors import nearest
 
 CLAIMS: dict[str, dict] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 RESULTS = Path("results")  # of the folder a chapter runs in
-VERDICTS = ("holds", "does not hold", "not decided", "not run")
 
 
 def ratio(first: np.ndarray, second: np.ndarray, axis: int = -1):

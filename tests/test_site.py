@@ -162,7 +162,7 @@ def test_every_verdict_links_to_a_figure_that_is_there(site):
 def flips(profile: str) -> list[str]:
     """Claims whose verdict on the lab is not the expected one."""
     book.build(book.ROOT, profile)
-    table = claims.read(book.ROOT / f"_build/{profile}/work/results")
+    table = claims.read(book.ROOT / "_build" / profile / "work" / "results")
     table = table[table.model == "lab"]
     found = {(r.claim, r.sampler): r.verdict for r in table.itertuples()}
     wanted = {(c, s): v for c, row in EXPECTED[profile].items() for s, v in row.items()}
