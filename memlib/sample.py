@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 
@@ -119,6 +120,21 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
     return kept
 
 
+def _rescued(model, function: Callable):
+    """`function()`; where half precision gives no finite numbers, once more in float32.
+
+    Returns what it returns, and whether float32 was needed.
+    """
+    try:
+        return function(), False
+    except FloatingPointError as error:
+        if model.precision not in ("float16", "bfloat16"):
+            raise
+        warnings.warn(f"{error}; this batch is done in float32", stacklevel=2)
+        with model.full_precision():
+            return function(), True
+
+
 def _contract(kept: dict, x_0: torch.Tensor) -> np.ndarray:
     """Gram matrices [image, state, vec, vec_] of a batch; `x_0` is [image, ...]."""
     states, images = kept["x_t"].shape[:2]
@@ -216,7 +232,8 @@ def reverse_trace(
     ValueError
         Unknown sampler or measure, impossible steps, repeated seeds.
     FloatingPointError
-        Predictions that are not finite.
+        Predictions that are not finite in float32. A batch that is not finite in half precision
+        is sampled again in float32, with a warning; attribute `rescued` counts its images.
     MemoryError
         One image alone does not fit into the device's memory.
     """
@@ -239,10 +256,18 @@ def reverse_trace(
     pictures = None
     waiting: list[torch.Tensor] = []  # states of the prompt whose seeds are not all done yet
 
+    rescued = 0  # images that half precision could not do
+
     def record(batch):
+        nonlocal rescued
         captions = [pairs.caption[p] for p, _ in batch]
-        scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
-        kept = sample(model, captions, [seeds[s] for _, s in batch], scheduler, guidance)
+
+        def run():
+            scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
+            return sample(model, captions, [seeds[s] for _, s in batch], scheduler, guidance)
+
+        kept, again = _rescued(model, run)
+        rescued += again * len(batch)
         gram = _contract(kept, x_0[[p for p, _ in batch]])
         decoded = model.decode(kept["x_t"][-1]) if images or severity else None
         return gram, kept["x_t"], decoded
@@ -282,7 +307,8 @@ def reverse_trace(
         trace["image"] = (("prompt", "seed", "y", "x", "rgb"), pictures)
     setting = sorted({float(g) for g in guidance})
     trace.attrs = _attributes(model, "reverse", sampler) | {
-        "guidance": setting[0] if len(setting) == 1 else [float(g) for g in guidance]
+        "guidance": setting[0] if len(setting) == 1 else [float(g) for g in guidance],
+        "rescued": rescued,
     }
     return trace
 
@@ -342,7 +368,14 @@ def forward_trace(
                 x = x_t.to(model.device, model.dtype)
                 text = torch.cat([c.expand(len(part), *c.shape[1:]) for c in (uncond, cond)])
                 t = t.to(model.device)
-                out = model.predict(torch.cat([x, x]), torch.cat([t, t]), text)
+
+                def run():
+                    out = model.predict(torch.cat([x, x]), torch.cat([t, t]), text)
+                    if not torch.isfinite(out).all():
+                        raise FloatingPointError(_not_finite(model))
+                    return out
+
+                out, _ = _rescued(model, run)
                 eps_uncond, eps_cond = (
                     model.to_epsilon(o.double().cpu(), x_t, a) for o in out.chunk(2)
                 )
@@ -357,8 +390,6 @@ def forward_trace(
             for part, (d, i, gram) in _batches(rows, batch_size, record):
                 grams[p, d, i] = gram
                 bar.update(len(part))
-    if not np.isfinite(grams[..., 1:3, 1:3]).all():
-        raise FloatingPointError(_not_finite(model))
     trace = xr.Dataset(
         {"gram": (("prompt", "draw", "step", "vec", "vec_"), grams)},
         {"draw": range(draws), **_coords(pairs, levels.numpy(), table[levels].numpy())},
@@ -368,9 +399,9 @@ def forward_trace(
 
 
 def _not_finite(model) -> str:
-    half = model.dtype in (torch.float16, torch.bfloat16)
-    advice = "use float32" if half else "are its weights whole?"
-    return f"the predictions of {model.source} are not finite in {model.dtype}: {advice}"
+    half = model.precision in ("float16", "bfloat16")
+    advice = "" if half else ": are its weights whole?"
+    return f"the predictions of {model.source} are not finite in {model.precision}{advice}"
 
 
 def _bar(total: int, name: str, progress: bool) -> tqdm:
@@ -408,7 +439,7 @@ def _attributes(model, direction: str, sampler: str) -> dict:
         "fingerprint": model.fingerprint,
         "sampler": sampler,
         "scheduler": json.dumps(dict(model.scheduler_config), default=str),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.precision,
         "latent_size": int(np.prod(model.latent_shape)),
         "versions": json.dumps({name: version(name) for name in packages}),
     }

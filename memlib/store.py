@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -35,27 +36,37 @@ def cache_folder() -> Path:
 def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **settings):
     """`function(model, pairs, **settings)`, read from the cache when it was recorded before.
 
-    `function` is `reverse_trace` or `forward_trace`. The key covers everything that matters: the
-    weights, the prompts and the bytes of their images, the settings, and the recorder's code.
-    An entry appears under its name only when it is complete, so a killed run leaves none.
+    `function` is `reverse_trace`, `forward_trace`, or one of a chapter's own that returns a
+    Dataset. The key covers everything that matters: the weights, the prompts and the bytes of
+    their images, the settings, the code and the versions of the packages. Traces of a Hub model
+    are dear and travel: those of another machine, device or version of a package are taken too
+    (their attributes say which), the newest first. An entry appears under its name only when it
+    is complete, so a killed run leaves none.
 
     Raises
     ------
     OSError
         The trace cannot be written: no space, no permission. Nothing is left half-written.
+    ModelError
+        The weights are not on this machine, and this was not recorded anywhere.
     """
     if "seeds" in settings:
         settings["seeds"] = list(settings["seeds"])  # the key must not use up a generator
-    key = _key(function, model, pairs, settings)
-    folder = cache_folder() / f"{function.__name__}-{key}"
+    what, where = _keys(function, model, pairs, settings)
+    stem = f"{function.__name__}-{what}-"
+    folder = cache_folder() / f"{stem}{where}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
+        if not folder.exists() and "@" in model.fingerprint:
+            known = [f for f in folder.parent.glob(f"{stem}*") if f.is_dir() and not f.suffix]
+            folder = max(known, key=lambda f: f.stat().st_mtime, default=folder)
         if not folder.exists():
             trace = function(model, pairs, **settings)
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 trace.to_zarr(partial, zarr_format=2)
+                _leave_card(model)
                 os.replace(partial, folder)
             except OSError as error:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -64,7 +75,31 @@ def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **
         return xr.open_zarr(folder).load()
 
 
-def _key(function, model, pairs: pd.DataFrame, settings: dict) -> str:
+def card_file(name: str) -> Path:
+    """Where the cache describes a Hub model, so that its traces are read without its weights."""
+    return cache_folder() / "models" / f"{re.sub('[^A-Za-z0-9.-]', '_', name)}.json"
+
+
+def _leave_card(model) -> None:
+    if "@" not in model.fingerprint or not hasattr(model, "image_size"):
+        return
+    card = {
+        "source": model.source,
+        "fingerprint": model.fingerprint,
+        "precision": model.precision,
+        "latent_shape": list(model.latent_shape),
+        "image_size": model.image_size,
+        "scheduler_config": json.loads(json.dumps(model.scheduler_config, default=str)),
+    }
+    file = card_file(model.source)
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(card, indent=1))
+    os.replace(partial, file)
+
+
+def _keys(function, model, pairs: pd.DataFrame, settings: dict) -> tuple[str, str]:
+    """Two hashes: what is recorded, and by which code on which kind of device."""
     bound = inspect.signature(function).bind(model, pairs, **settings)
     bound.apply_defaults()
     values = dict(bound.arguments)
@@ -75,18 +110,23 @@ def _key(function, model, pairs: pd.DataFrame, settings: dict) -> str:
     columns = [c for c in ("prompt_id", "caption", "kind", "multiplicity") if c in pairs]
     modules = (gram, models, memlib.pairs, sample, schedule, severity)
     packages = ("torch", "diffusers", "transformers", "numpy", "pillow", "onnxruntime")
-    parts = [
+    own = function.__module__ != sample.__name__  # a chapter's: its code says what it records
+    what = [
         function.__name__,
+        inspect.getsource(function) if own else "",
         model.fingerprint,
         json.dumps(values, default=_plain, sort_keys=True),
         pairs[columns].to_csv(index=False),
         *(sha256(Path(f)) if f else "" for f in sample.image_files(pairs)),
         json.dumps(model.scheduler_config, default=str, sort_keys=True),
-        f"{model.dtype} {model.device.type}",
+    ]
+    where = [
+        f"{model.precision} {model.device.type}",
         *(inspect.getsource(module) for module in modules),
         *(version(package) for package in packages),
     ]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    hashes = [hashlib.sha256("\0".join(parts).encode()).hexdigest() for parts in (what, where)]
+    return hashes[0][:20], hashes[1][:12]
 
 
 def _plain(value):
