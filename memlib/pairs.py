@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from memlib.checksums import verify
+from memlib.checksums import digest, verify
 from memlib.errors import first_line, nearest
+from memlib.lists import LISTS, find_images, list_file, standard
 
 LAB_PAIRS = Path(__file__).resolve().parents[1] / "data" / "lab" / "pairs.csv"
 READERS = {
@@ -26,13 +27,18 @@ class PairsError(ValueError):
     """A manifest or an image that cannot be used; the message says which and why."""
 
 
-def load_pairs(source: str | Path = "lab") -> pd.DataFrame:
+def load_pairs(source: str | Path = "lab", images: str | Path | None = None) -> pd.DataFrame:
     """The prompts of a manifest, one row each, in its order.
 
     Parameters
     ----------
-    source : ``lab``, or a CSV, JSON lines or parquet file with a column `caption`. Optional
-        columns: `prompt_id`, `kind`, `multiplicity`, and `image`, a path relative to the manifest.
+    source : ``lab``; ``webster-sd14``, ``webster-sd21`` or ``webster-realvis`` (Webster 2023, once
+        ``memlib fetch`` has brought it); or a CSV, JSON lines or parquet file with a column
+        `caption`. Optional columns: `prompt_id` or `index`, `kind` or Webster's `overfit_type`,
+        `multiplicity`, and `image`, a path relative to the manifest.
+    images : a folder of training images named after `prompt_id` or `index`. For a named list by
+        default where ``memlib fetch`` puts them. What is missing, broken or a placeholder is set
+        aside: `image` is "" and `image_note` says why.
 
     Returns
     -------
@@ -42,14 +48,19 @@ def load_pairs(source: str | Path = "lab") -> pd.DataFrame:
     ------
     PairsError
         No such manifest, no caption column, empty or duplicate captions, text that is not UTF-8,
-        a missing, unreadable or all-black image.
+        a checksum that is not the published one; where the manifest itself names images, one that
+        is missing, unreadable or all black.
     """
-    file = LAB_PAIRS if source == "lab" else Path(source)
+    file = LAB_PAIRS if source == "lab" else list_file(source) if source in LISTS else Path(source)
     if not file.is_file():
-        hint = nearest(str(source), ("lab",)) if not file.suffix else ""
+        if source in LISTS:
+            raise PairsError(f"the list {source} is not here: memlib fetch {source} brings it")
+        hint = nearest(str(source), ("lab", *LISTS)) if not file.suffix else ""
         raise PairsError(f"no manifest {str(source)!r}{hint}")
     if file.suffix not in READERS:
         raise PairsError(f"{file.name}: a manifest is one of {', '.join(READERS)}")
+    if source in LISTS and digest(file, "md5") != LISTS[source].md5:
+        raise PairsError(f"{file} is not the published list (its md5 differs): delete it and fetch")
     try:
         pairs = READERS[file.suffix](file)
     except UnicodeDecodeError as error:
@@ -63,7 +74,14 @@ def load_pairs(source: str | Path = "lab") -> pd.DataFrame:
             verify(file.parent, lambda name: name.startswith("pairs"))
         except ValueError as error:
             raise PairsError(str(error)) from error
-    return check_pairs(pairs, file)
+    if "index" in pairs or "overfit_type" in pairs:
+        pairs = standard(pairs)
+    pairs = check_pairs(pairs, file)
+    if source in LISTS and images is None:
+        images = file.parent / "images"
+    elif images is not None and not Path(images).is_dir():
+        raise PairsError(f"no folder {str(images)!r} of training images")
+    return pairs if images is None else find_images(pairs, Path(images))
 
 
 def check_pairs(pairs: pd.DataFrame, file: Path) -> pd.DataFrame:
@@ -85,6 +103,8 @@ def check_pairs(pairs: pd.DataFrame, file: Path) -> pd.DataFrame:
     for column in ("prompt_id", "caption"):
         pairs[column] = pairs[column].astype(str)
         twice = pairs[column].duplicated()
+        if column == "caption" and "group" in pairs:
+            continue  # a published list: its duplicates are kept, and marked
         if twice.any():
             n = twice.idxmax()
             raise PairsError(f"{where}, row {n + 1}: {column} {pairs[column][n]!r} stands twice")

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from memlib.gram import VECTORS
 from memlib.pairs import read_image
 from memlib.schedule import ddpm_noise_coefficients, make_scheduler, state_levels
+from memlib.severity import provenance
 from memlib.severity import severity as similarity
-from memlib.severity import sscd_side
 
 SCHEMA = "memlib-trace-1"
 Guidance = float | int | Sequence[float] | Callable[[int], float]
@@ -300,8 +300,7 @@ def reverse_trace(
                 if file:
                     target = read_image(file, pictures.shape[2])
                     scores[p] = similarity(pictures[p], target, severity)
-        side = 0 if pictures is None else sscd_side(pictures.shape[2])
-        note = {"measure": severity, "sscd_side": side}
+        note = provenance(severity, 0 if pictures is None else pictures.shape[2])
         trace["severity"] = (("prompt", "seed"), scores, note)
     if images and pictures is not None:
         trace["image"] = (("prompt", "seed", "y", "x", "rgb"), pictures)
@@ -424,7 +423,7 @@ def _coords(pairs: pd.DataFrame, timesteps: np.ndarray, alpha_bar: np.ndarray) -
         "vec": list(VECTORS),
         "vec_": list(VECTORS),
     }
-    for name in ("caption", "kind", "multiplicity"):
+    for name in ("caption", "kind", "multiplicity", "group"):
         if name in pairs:
             coords[name] = ("prompt", list(pairs[name]))
     return coords

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from memlib.errors import nearest
+from memlib.checksums import sha256
+from memlib.errors import first_line, nearest
+from memlib.lists import data_folder
 
 SSCD_SIDE = 288  # pixels, the size SSCD was trained at
+OFFICIAL = "sscd_disc_mixup.torchscript.pt"
+OFFICIAL_URL = f"https://dl.fbaipublicfiles.com/sscd-copy-detection/{OFFICIAL}"
 
 
 def sscd_side(size: int) -> int:
@@ -48,6 +54,68 @@ def _sscd(model: str, side: int | None) -> Callable:
     return describe
 
 
+def official_file() -> Path:
+    """Meta's TorchScript file of SSCD: ``$MEMLIB_SSCD``, or where ``memlib fetch sscd`` puts it."""
+    return Path(os.environ.get("MEMLIB_SSCD") or data_folder(OFFICIAL))
+
+
+def official_input(image: np.ndarray, preprocessing: str) -> np.ndarray:
+    """A picture as SSCD's authors feed it: float32 [rgb, y, x], ImageNet's normalisation.
+
+    ``small_288``: the short side to 288, the shape kept. ``skew_320``: 320 x 320 whatever the
+    shape. Both bilinear, as torchvision's `Resize` on a PIL image.
+    """
+    height, width = image.shape[:2]
+    short = min(height, width)
+    size = (320, 320)
+    if preprocessing == "small_288":
+        size = (int(288 * width / short), int(288 * height / short))
+    resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+    x = np.asarray(resized, np.float32) / 255
+    x = (x - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    return np.ascontiguousarray(x.transpose(2, 0, 1))
+
+
+def _official(preprocessing: str) -> Callable:
+    """The official TorchScript SSCD, [image, 512] of unit length (Pizzi et al. 2022)."""
+    import torch
+
+    file = official_file()
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"the official SSCD is not here: memlib fetch sscd brings it, or set MEMLIB_SSCD to "
+            f"{OFFICIAL}; severity='sscd' needs no download"
+        )
+    wanted = os.environ.get("MEMLIB_SSCD_SHA256", "")
+    if wanted and sha256(file) != wanted.lower():
+        raise ValueError(f"{file} does not have the sha256 that MEMLIB_SSCD_SHA256 names")
+    try:
+        network = torch.jit.load(str(file), map_location="cpu").eval()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{file} is no TorchScript file: {first_line(error)}") from error
+
+    def describe(images: np.ndarray) -> np.ndarray:
+        rows = []
+        for image in images:
+            with torch.inference_mode():
+                out = network(torch.from_numpy(official_input(image, preprocessing))[None])
+            rows.append(out[0].double().numpy())
+        return np.array(rows) / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    return describe
+
+
+def provenance(measure: str, size: int) -> dict:
+    """What a trace says of its scores: measure, preprocessing, and the checksum of the network."""
+    note = {"measure": measure, "sscd_side": sscd_side(size)}
+    if measure in PREPROCESSING:
+        note |= {"preprocessing": PREPROCESSING[measure], "sha256": sha256(official_file())}
+        note["sscd_side"] = int(PREPROCESSING[measure][-3:])
+    elif measure.startswith("sscd"):
+        note["preprocessing"] = f"square, side {sscd_side(size)}"
+    return note
+
+
 def _ncc() -> Callable:
     """Pixels less each channel's mean, of unit length: their product is the cross-correlation."""
 
@@ -62,8 +130,11 @@ def _ncc() -> Callable:
 _DESCRIPTORS = {
     "sscd": lambda side: _sscd("sscd", side),
     "sscd-distilled": lambda side: _sscd("sscd_distilled", side),
+    "sscd-small288": lambda side: _official("small_288"),
+    "sscd-skew320": lambda side: _official("skew_320"),
     "ncc": lambda side: _ncc(),
 }
+PREPROCESSING = {"sscd-small288": "small_288", "sscd-skew320": "skew_320"}
 MEASURES = tuple(_DESCRIPTORS)
 
 
@@ -75,7 +146,8 @@ def descriptor(
 
     ``sscd``: Meta's sscd_disc_mixup, int8. ``sscd-distilled``: a smaller student. ``ncc``:
     normalised cross-correlation of the pixels, which needs nothing installed. `side` overrides
-    `sscd_side`; scores at different sides are not comparable.
+    `sscd_side`; scores at different sides are not comparable. ``sscd-small288``,
+    ``sscd-skew320``: the official float32 TorchScript file with its two published preprocessings.
     """
     if measure not in _DESCRIPTORS:
         raise ValueError(f"unknown severity measure {measure!r}{nearest(measure, MEASURES)}")

