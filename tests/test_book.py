@@ -202,3 +202,28 @@ def test_colab_needs_an_address(root, remote, expected):
     cells = json.loads((root / "notebooks/one.ipynb").read_text())["cells"]
     assert not any(cell.get("outputs") for cell in cells)
     assert bool(expected) == ("git clone" in "".join(cells[0]["source"]))
+
+
+def test_colab_offers_the_sizes_of_a_small_gpu(root):
+    (root / "book/profiles.toml").write_text("[t4]\none.model = 'sd14'\none.seeds = 4\n")
+    book.write_notebooks(root, book.read_chapters(root), root / "notebooks")
+    cells = json.loads((root / "notebooks/one.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    place = next(i for i, text in enumerate(sources) if text.startswith("seeds: int = 10"))
+    assert sources[place + 1].splitlines()[1:] == ["# model = 'sd14'", "# seeds = 4"]
+    two = (root / "notebooks/two.ipynb").read_text()
+    assert "T4" not in two
+
+
+def test_another_model_brings_its_list():
+    """Stable Diffusion for every chapter but the lab's; what the command line says comes last."""
+    known = {"model": "lab", "pairs": "lab"}
+    defaults = {"lab": known, "loss": known, "cost": {"seeds": 3}}
+    chosen = book.choose(defaults, "full", {}, "", "sd14")
+    assert chosen == {"lab": {}, "loss": {"model": "sd14", "pairs": "webster-sd14"}, "cost": {}}
+    chosen = book.choose(defaults, "full", {}, "pairs=mine.csv", "sd21")
+    assert chosen["loss"] == {"model": "sd21", "pairs": "mine.csv"}
+    chosen = book.choose(defaults, "full", {}, "", "owner/name")
+    assert chosen["loss"] == {"model": "owner/name"}
+    chosen = book.choose(defaults, "full", {}, "", "exact")
+    assert chosen["lab"] == {"model": "exact"}
