@@ -32,7 +32,7 @@ def trace(options) -> None:
     found = memlib.recorded(
         memlib.reverse_trace, model, pairs, seeds=seeds, guidance_scale=options.guidance_scale,
         sampler=options.sampler, steps=options.steps, severity=options.severity,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size, images=not options.no_images,
     )  # fmt: skip
     table = memlib.deviations(found, basis="x_0" if pictured else "x_gen")
     if options.out:
@@ -209,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sampler", default="ddim", help="ddim or ddpm")
     p.add_argument("--steps", type=int, default=50)
     p.add_argument("--severity", default="sscd", help="copy score; see memlib doctor")
+    p.add_argument("--no-images", action="store_true", help="keep no pictures, to save disk")
     p.add_argument("--batch-size", type=int, default=20, help="halved where memory runs out")
     p.add_argument("--device", help="cuda, cuda:1, cpu; a GPU by default")
     p.add_argument("--dtype", help="of the U-Net: float16, bfloat16 or float32")

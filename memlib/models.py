@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 
+from memlib.answers import Remembering
 from memlib.checksums import sha256, verify
 from memlib.errors import first_line, nearest
 from memlib.pairs import load_pairs, read_image
@@ -122,16 +123,8 @@ class DiffusersModel:
         torch.nn.Module.to(self.unet, dtype)  # diffusers' own `to` warns of nothing, loudly
 
     def to_epsilon(self, output, x_t, alpha_bar):
-        r"""An output as noise; from v, $\epsilon=\sqrt{\bar\alpha}v+\sqrt{1-\bar\alpha}x_t$."""
-        if self.prediction_type == "epsilon":
-            return output
-        if self.prediction_type == "v_prediction":
-            return alpha_bar**0.5 * output + (1 - alpha_bar) ** 0.5 * x_t
-        if self.prediction_type == "sample":
-            return (x_t - alpha_bar**0.5 * output) / (1 - alpha_bar) ** 0.5
-        raise ModelError(
-            f"{self.source} predicts {self.prediction_type!r}, not epsilon, v_prediction or sample"
-        )
+        """An output as noise; see `to_epsilon`."""
+        return to_epsilon(self.prediction_type, self.source, output, x_t, alpha_bar)
 
     @torch.no_grad()
     def encode_images(self, files: Iterable[str | Path]) -> torch.Tensor:
@@ -170,6 +163,20 @@ class DiffusersModel:
         pipe = type(self.pipe)(**parts, requires_safety_checker=False).to(self.device)
         name, fingerprint = f"{self.source}/{folder.name}", hash_files(folder)
         return DiffusersModel(pipe, name, f"{self.fingerprint} {fingerprint}", self.precision)
+
+
+def to_epsilon(prediction_type: str, source: str, output, x_t, alpha_bar):
+    r"""What a network put out, as noise.
+
+    From v it is $\epsilon=\sqrt{\bar\alpha}v+\sqrt{1-\bar\alpha}x_t$ (Salimans and Ho 2022).
+    """
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "v_prediction":
+        return alpha_bar**0.5 * output + (1 - alpha_bar) ** 0.5 * x_t
+    if prediction_type == "sample":
+        return (x_t - alpha_bar**0.5 * output) / (1 - alpha_bar) ** 0.5
+    raise ModelError(f"{source} predicts {prediction_type!r}, not epsilon, v_prediction or sample")
 
 
 class ExactModel:
@@ -308,7 +315,7 @@ class RecordedModel:
             f"they are (memlib trace --model {self.source}), or download them (memlib doctor)"
         )
 
-    encode_text = predict = to_epsilon = encode_images = decode = checkpoint = _refuse
+    encode_text = predict = encode_images = decode = checkpoint = _refuse
 
 
 def load(
@@ -357,7 +364,7 @@ def load(
         vae = vae or checkpoint.vae
         card = _card(str(name))
         if card and not _downloaded(checkpoint.repository, revision):
-            return RecordedModel(card)
+            return Remembering(RecordedModel(card))
         folder = _download(checkpoint.repository, revision)
         fingerprint = f"{checkpoint.repository}@{folder.name}"
     else:
@@ -387,7 +394,8 @@ def load(
         raise ModelError(f"{where} cannot be loaded: {first_line(error)}{advice}") from error
     if dtype is None:
         dtype = "float16" if hub and torch.device(device).type == "cuda" else "float32"
-    return DiffusersModel(pipe, str(name), fingerprint, dtype)
+    model = DiffusersModel(pipe, str(name), fingerprint, dtype)
+    return Remembering(model) if hub else model
 
 
 def _device(device: str | None) -> str:

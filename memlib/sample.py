@@ -82,6 +82,12 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
     dict of tensors: `x_t` and `noise` [state, image, channel, height, width] with S + 1 states,
     `eps_uncond` and `eps_cond` with S. `noise` is the fresh noise accumulated so far (DDPM).
     """
+    if hasattr(model, "ask"):  # a Hub model: see `memlib.answers`
+        question = [list(captions), [int(s) for s in seeds], guidance.tolist()]
+        question += [type(scheduler).__name__, scheduler.timesteps.tolist()]
+        return model.ask(
+            "sample", question, {}, lambda m: sample(m, captions, seeds, scheduler, guidance)
+        )
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     shape = (len(captions), *model.latent_shape)
     x = randn_tensor(shape, generators, model.device, model.dtype) * scheduler.init_noise_sigma

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 import memlib.pairs
 from memlib import gram, models, sample, schedule, severity
+from memlib.answers import Remembering
 from memlib.checksums import sha256
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,12 +37,11 @@ def cache_folder() -> Path:
 def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **settings):
     """`function(model, pairs, **settings)`, read from the cache when it was recorded before.
 
-    `function` is `reverse_trace`, `forward_trace`, or one of a chapter's own that returns a
-    Dataset. The key covers everything that matters: the weights, the prompts and the bytes of
-    their images, the settings, the code and the versions of the packages. Traces of a Hub model
-    are dear and travel: those of another machine, device or version of a package are taken too
-    (their attributes say which), the newest first. An entry appears under its name only when it
-    is complete, so a killed run leaves none.
+    `function` is `reverse_trace` or `forward_trace`. The key covers everything that matters: the
+    weights, the prompts and the bytes of their images, the settings, the code and the versions of
+    the packages. Traces of a Hub model are dear and travel: those of another machine, device or
+    version of a package are taken too (their attributes say which), the newest first. An entry
+    appears under its name only when it is complete, so a killed run leaves none.
 
     Raises
     ------
@@ -50,6 +50,8 @@ def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **
     ModelError
         The weights are not on this machine, and this was not recorded anywhere.
     """
+    if isinstance(model, Remembering):
+        model = model.model  # what is kept here need not be kept there
     if "seeds" in settings:
         settings["seeds"] = list(settings["seeds"])  # the key must not use up a generator
     what, where = _keys(function, model, pairs, settings)
@@ -110,10 +112,8 @@ def _keys(function, model, pairs: pd.DataFrame, settings: dict) -> tuple[str, st
     columns = [c for c in ("prompt_id", "caption", "kind", "multiplicity") if c in pairs]
     modules = (gram, models, memlib.pairs, sample, schedule, severity)
     packages = ("torch", "diffusers", "transformers", "numpy", "pillow", "onnxruntime")
-    own = function.__module__ != sample.__name__  # a chapter's: its code says what it records
     what = [
         function.__name__,
-        inspect.getsource(function) if own else "",
         model.fingerprint,
         json.dumps(values, default=_plain, sort_keys=True),
         pairs[columns].to_csv(index=False),
