@@ -521,7 +521,9 @@ def repository(root: Path) -> str:
 
 
 INSTALL = """\
-# On Colab: get the book as it was when this page was built ({commit}), and look for a GPU.
+# On Colab: get the book as it was when this page was built, then look for a GPU.
+# As it stands this notebook runs the lab: minutes, with or without a GPU. The cell after the
+# parameters has sizes for Stable Diffusion on a T4: at most 20 minutes (computed, not measured).
 import os, sys
 if not os.path.isdir("how-diffusion-models-memorize"):
     !git clone -q {url} how-diffusion-models-memorize
@@ -562,7 +564,7 @@ def write_notebooks(root: Path, chapters: dict, folder: Path) -> None:
             cell.outputs, cell.execution_count = [], None
             if "parameters" in cell.metadata.get("tags", []) and name in sizes:
                 lines = [f"# {key} = {value!r}" for key, value in sizes[name].items()]
-                text = "# Stable Diffusion on a T4, in at most 20 minutes: delete the hashes."
+                text = "# Stable Diffusion on a T4 (20 minutes at most, computed): delete #."
                 cells.append(nbformat.v4.new_code_cell("\n".join([text, *lines]), id="t4"))
         if url:
             source = INSTALL.format(url=url, commit=commit, sscd=sscd)
