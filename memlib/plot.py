@@ -43,7 +43,7 @@ MEMORIZED = ("planted, ≥ 32 copies", "memorized")  # the groups that claims ar
 KINDS = ("planted", "memorized", "template", "control", "normal", "held-out")
 
 
-def group_of(kind: Iterable[str], multiplicity: Iterable[float]) -> np.ndarray:
+def group_of(kind: Iterable, multiplicity: Iterable) -> np.ndarray:
     """The figure group of each prompt: planted pairs by copies, the others by kind.
 
     Raises
@@ -82,17 +82,22 @@ def groups(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
     return group_of(prompts["kind"], copies(prompts))
 
 
-def roles(prompts: pd.DataFrame | xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Which prompts are memorized, and which are their controls; of these there may be none.
+def roles(prompts: pd.DataFrame | xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which prompts are memorized, which are in between, and which are controls.
 
-    Memorized means planted with 32 copies or more, or a kind of its own in a list that does not
-    count copies.
+    Memorized means planted with 32 copies or more, in between with 8 and 16. In a list without
+    planted prompts they are the kinds memorized and template. The last two may be empty.
     """
     group = groups(prompts)
     memorized = np.isin(group, MEMORIZED)
     if not memorized.any():
         raise ValueError("no prompt is planted with 32 copies or more, or of kind 'memorized'")
-    return memorized, group == "control"
+    planted = "planted" in np.asarray(prompts["kind"])
+    return (
+        memorized,
+        group == ("planted, 8-16 copies" if planted else "template"),
+        group == "control",
+    )
 
 
 def most_copied(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
@@ -103,16 +108,30 @@ def most_copied(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
     return planted & (copies(prompts) == copies(prompts)[planted].max())
 
 
-def graded(prompts: pd.DataFrame | xr.Dataset) -> tuple[np.ndarray, str]:
-    """The prompts over which to correlate, from never to always copied, and a name for them.
+def graded(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
+    """Which prompts to correlate over, as they span never to always copied.
 
     The planted ones; in a list without those, the memorized, template and control prompts.
     """
     kind = np.asarray(prompts["kind"])
-    kinds = ["planted"]
-    if "planted" not in kind:
-        kinds = [name for name in ("memorized", "template", "control") if name in kind]
-    return np.isin(kind, kinds), " and ".join(", ".join(kinds).rsplit(", ", 1))
+    planted = "planted" in kind
+    return np.isin(kind, ["planted"] if planted else ["memorized", "template", "control"])
+
+
+def words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
+    """What the text of a chapter calls the prompts: "the … prompts" and "prompts …"."""
+    if "planted" in np.asarray(prompts["kind"]):
+        most = copies(prompts)[most_copied(prompts)][0]
+        return {
+            "graded": "planted",
+            "most": f"with {most:g} copies",
+            "known": "with 8 copies or more",
+            "between": "with 8 and 16 copies",
+            "fewer": "with 16 copies",
+        }
+    kinds = dict.fromkeys(("most", "known"), "of kind memorized")
+    kinds |= dict.fromkeys(("between", "fewer"), "of kind template")
+    return kinds | {"graded": "memorized, template and control"}
 
 
 def copies_or_kind(prompts: pd.DataFrame | xr.Dataset) -> tuple[np.ndarray, list[str]]:
