@@ -86,21 +86,27 @@ def settle(
     *groups: np.ndarray,
     paired: bool = False,
     **sizes: int,
-) -> dict:
+) -> dict | None:
     """Judge one claim by `interval(statistic, *groups)` and keep the row in the results folder.
 
     `trace` says which model and sampler the numbers are of. A forward trace has no sampler: its
     row stands for all. `sizes` (seed, draw, step) say what the numbers are of where that is not
-    the whole trace.
+    the whole trace. Where a group has no prompts there is no row, and none from an earlier run.
     """
     if name not in CLAIMS:
         raise KeyError(f"unknown claim {name!r}{nearest(name, CLAIMS)}")
-    value, low, high = interval(statistic, *groups, paired=paired)
     attrs = trace.attrs
+    model = Path(attrs["model"]).name
+    sampler = "any" if attrs["direction"] == "forward" else attrs["sampler"]
+    file = RESULTS / model / sampler / f"{name}.json"
+    if min(len(group) for group in groups) == 0:
+        file.unlink(missing_ok=True)
+        return None
+    value, low, high = interval(statistic, *groups, paired=paired)
     row = {
         "claim": name,
-        "model": Path(attrs["model"]).name,
-        "sampler": "any" if attrs["direction"] == "forward" else attrs["sampler"],
+        "model": model,
+        "sampler": sampler,
         "value": value,
         "low": low,
         "high": high,
@@ -111,7 +117,6 @@ def settle(
         "fingerprint": attrs["fingerprint"][:12],
         "versions": json.loads(attrs["versions"]),
     }
-    file = RESULTS / row["model"] / row["sampler"] / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(row, indent=1))
@@ -119,10 +124,10 @@ def settle(
     return row
 
 
-def table(rows: list[dict]) -> pd.DataFrame:
+def table(rows: list[dict | None]) -> pd.DataFrame:
     """Rows as a reader sees them: claim, number, interval, line, verdict."""
     shown = []
-    for row in rows:
+    for row in filter(None, rows):
         claim = CLAIMS[row["claim"]]
         side = "above" if "above" in claim else "below"
         shown.append({
@@ -130,7 +135,8 @@ def table(rows: list[dict]) -> pd.DataFrame:
             "95 %": f"{row['low']:.3g} to {row['high']:.3g}", "line": f"{side} {claim[side]:g}",
             "verdict": row["verdict"],
         })  # fmt: skip
-    return pd.DataFrame(shown).set_index("claim")
+    columns = ["claim", "sampler", "statistic", "95 %", "line", "verdict"]
+    return pd.DataFrame(shown, columns=columns).set_index("claim")
 
 
 def read(folder: str | Path = RESULTS) -> pd.DataFrame:

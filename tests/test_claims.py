@@ -100,6 +100,16 @@ def test_a_row_is_kept_and_replaced(tmp_path, monkeypatch, numbers):
     assert shown.line["overestimated"].iloc[0] == "above 1"
 
 
+def test_a_group_without_prompts_leaves_no_row(tmp_path, monkeypatch, numbers):
+    monkeypatch.chdir(tmp_path)
+    claims.settle("converge-earlier", trace_of(), claims.ratio, numbers, numbers)
+    assert len(claims.read()) == 1
+    row = claims.settle("converge-earlier", trace_of(), claims.ratio, numbers, numbers[:0])
+    assert row is None
+    assert claims.read().empty
+    assert claims.table([row]).empty
+
+
 def test_an_unknown_claim_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyError, match="did you mean 'overestimated'"):

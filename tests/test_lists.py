@@ -1,0 +1,133 @@
+"""The chapters on a list of prompts that does not count copies, as those of Stable Diffusion.
+
+Its stand-in is made of the lab's prompts: the kinds are memorized, template and control, there is
+no multiplicity, and some prompts have no image.
+"""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+import memlib
+from memlib import book, claims, plot
+
+SIZES = "every=1 steps=4 seeds=2 ddpm_seeds=2 draws=1 timesteps=(940,) unguided_seeds=1 "
+SIZES += "checkpoint_draws=1 scales=(3,) sweep_every=2 sweep_seeds=1 uncaptioned=2 many=4 "
+SIZES += "many_seeds=3 many_every=1 many_steps=4 few_steps=(2,) few_seeds=1"
+CORE = (
+    "overestimated conditional-aligned unconditional-not-aligned converge-earlier image-ahead "
+    "noise-behind d1-severity d2-severity almost-perfect guided-error conditional-loss"
+).split()
+
+
+def stand_in() -> pd.DataFrame:
+    """Six memorized, two template and four control prompts; one of each end has no image."""
+    pairs = memlib.load_pairs("lab")
+    kinds = {"memorized": pairs[pairs.multiplicity >= 64].query("kind == 'planted'").iloc[::2]}
+    kinds |= {kind: pairs[pairs.kind == kind] for kind in ("template", "control")}
+    few = {
+        kind: kinds[kind].head(n) for kind, n in (("memorized", 6), ("template", 2), ("control", 4))
+    }
+    rows = pd.concat([part.assign(kind=kind) for kind, part in few.items()], ignore_index=True)
+    rows.loc[[0, 11], "image"] = ""
+    return rows[["prompt_id", "caption", "kind", "image"]]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Where the chapters ran, and what each of them glued."""
+    folder = tmp_path_factory.mktemp("list")
+    stand_in().to_csv(folder / "pairs.csv", index=False)
+    chapters = book.read_chapters(book.ROOT)
+    defaults = {name: book.parameters(name, notebook) for name, notebook in chapters.items()}
+    assignments = f"{SIZES} pairs={folder / 'pairs.csv'}"
+    chosen = book.choose(defaults, "smoke", {"smoke": {}}, assignments, "")
+    glued = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMLIB_CACHE", str(folder / "traces"))
+        for name in (name for name in chapters if name != "lab"):
+            made = json.loads(book.execute(name, chapters[name], chosen[name], folder))
+            outputs = [out for cell in made["cells"] for out in cell.get("outputs", [])]
+            glued[name] = {
+                out["metadata"]["scrapbook"]["name"]: "".join(
+                    out["data"]["application/papermill.record/text/plain"]
+                )
+                for out in outputs
+                if "scrapbook" in out.get("metadata", {})
+            }
+    return folder, glued
+
+
+def test_the_chapters_settle_their_claims_on_a_list(ran):
+    folder, _ = ran
+    rows = claims.read(folder / "work/results")
+    assert set(CORE) <= set(rows.claim)
+    assert not set(claims.CLAIMS) - set(rows.claim)
+    core = rows[rows.claim.isin(CORE)]
+    assert np.isfinite(core[["value", "low", "high"]].to_numpy()).all()
+    # five memorized prompts, two of a template and three controls are left
+    prompts = {row.claim: row.prompts for row in rows.itertuples()}
+    assert prompts["overestimated"] == [5]
+    assert prompts["converge-earlier"] == [5, 3]
+    assert prompts["d1-severity"] == [10]
+
+
+def test_prompts_without_an_image_are_left_out_and_counted(ran):
+    _, glued = ran
+    for name, found in glued.items():
+        assert (found["left_out"], found["listed"]) == ("2", "12"), name
+
+
+def test_no_text_speaks_of_copies_that_are_not_known(ran):
+    _, glued = ran
+    for name, found in glued.items():
+        for text in found.values():
+            assert not re.search(r"\d copies|planted", text), (name, text)
+
+
+LIST = pd.DataFrame({"kind": ["memorized", "template", "control", "control"]})
+
+
+def test_groups_need_no_copies():
+    assert list(plot.groups(LIST)) == list(LIST.kind)
+    assert list(plot.groups(LIST.assign(multiplicity=np.nan))) == list(LIST.kind)
+    trace = xr.Dataset(coords={"kind": ("prompt", LIST.kind)})
+    for mask, expected in zip(plot.roles(trace), ("1000", "0100", "0011"), strict=True):
+        assert list(mask) == [c == "1" for c in expected]
+    assert plot.most_copied(trace).tolist() == [True, False, False, False]
+    assert plot.graded(LIST.assign(kind=["memorized", "template", "control", "normal"])).sum() == 3
+    assert plot.copies_or_kind(LIST)[1] == ["memorized", "template", "control"]
+
+
+def test_the_labs_groups_are_by_copies():
+    pairs = memlib.load_pairs("lab")
+    memorized, between, control = plot.roles(pairs)
+    planted = pairs.kind == "planted"
+    assert (memorized == (planted & (pairs.multiplicity >= 32))).all()
+    assert (between == (planted & pairs.multiplicity.isin([8, 16]))).all()
+    assert (control == (pairs.kind == "control")).all()
+    assert (plot.graded(pairs) == planted).all()
+    assert (plot.most_copied(pairs) == (planted & (pairs.multiplicity == 128))).all()
+    assert plot.copies_or_kind(pairs)[1][:8] == [str(2**i) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (["memorised", "control"], "did you mean 'memorized'"),
+        (["planted", "control"], "need their multiplicity"),
+        (["control", "template"], "no prompt is"),
+    ],
+)
+def test_a_list_that_no_chapter_can_use_is_refused(kind, said):
+    with pytest.raises(ValueError, match=said):
+        plot.roles(pd.DataFrame({"kind": kind}))
+
+
+def test_a_list_without_kinds_is_refused():
+    with pytest.raises(ValueError, match="column 'kind'"):
+        plot.roles(pd.DataFrame({"caption": ["a"]}))
