@@ -127,6 +127,7 @@ def _ncc() -> Callable:
     return describe
 
 
+PREPROCESSING = {"sscd-small288": "small_288", "sscd-skew320": "skew_320"}
 _DESCRIPTORS = {
     "sscd": lambda side: _sscd("sscd", side),
     "sscd-distilled": lambda side: _sscd("sscd_distilled", side),
@@ -134,8 +135,12 @@ _DESCRIPTORS = {
     "sscd-skew320": lambda side: _official("skew_320"),
     "ncc": lambda side: _ncc(),
 }
-PREPROCESSING = {"sscd-small288": "small_288", "sscd-skew320": "skew_320"}
 MEASURES = tuple(_DESCRIPTORS)
+
+
+def available() -> list[str]:
+    """The measures that can be used here: all but the official ones whose file is not here."""
+    return [m for m in MEASURES if m not in PREPROCESSING or official_file().is_file()]
 
 
 @lru_cache

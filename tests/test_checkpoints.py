@@ -286,6 +286,13 @@ def test_device_and_dtype(folders, options, pattern):
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+CHAPTERS = ["index", "predictions", "convergence", "decomposition", "overestimation"]
+SIZES = (
+    "steps=3 seeds=2 ddpm_seeds=2 uncaptioned=2 many=3 "
+    "scales=(3,) sweep_every=2 sweep_seeds=1 unguided_seeds=1"
+)
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the Hub's HTTP interface as downloading needs. `folder` holds owner/name."""
 
@@ -472,6 +479,43 @@ def test_a_killed_download_goes_on(hub):
     assert "ModelError" in error[0]
     status, _, error = hub('memlib.load("some/model")')
     assert status == 0, error
+
+
+@pytest.mark.slow
+def test_a_book_travels(hub, tmp_path):
+    """Chapters on a model of the Hub; then once more on a machine without its weights."""
+    pairs = memlib.load_pairs("lab").query("kind in ('template', 'control')")
+    pairs.iloc[:6].assign(kind=["memorized"] * 2 + ["template"] + ["control"] * 3).drop(
+        columns="multiplicity"
+    ).to_csv(tmp_path / "pairs.csv", index=False)
+    script = f"""
+import json, pathlib
+from memlib import book
+chapters = book.read_chapters(book.ROOT)
+defaults = {{name: book.parameters(name, chapters[name]) for name in {CHAPTERS}}}
+chosen = book.choose(defaults, "full", {{}}, "{SIZES} pairs={tmp_path / "pairs.csv"}", "some/model")
+for name in defaults:
+    book.execute(name, chapters[name], chosen[name], pathlib.Path("{tmp_path / "made"}"))
+"""
+
+    def results() -> dict:
+        found = {
+            p.name: json.loads(p.read_text())
+            for p in (tmp_path / "made/work/results/model").rglob("*.json")
+        }
+        shutil.rmtree(tmp_path / "made")
+        return found
+
+    status, _, error = hub(script)
+    assert status == 0, error
+    there = results()
+    assert {"converge-earlier.json", "conditional-aligned.json"} <= there.keys()
+    shutil.rmtree(tmp_path / "home")
+    status, _, error = hub(script, HF_HUB_OFFLINE="1")
+    assert status == 0, error
+    assert results() == there
+    status, _, error = hub(script.replace("steps=3", "steps=4"), HF_HUB_OFFLINE="1")
+    assert "this was not recorded, and the weights of some/model are not here" in error[0]
 
 
 # -------------------------------------------------------------------------------------- full size
