@@ -95,7 +95,7 @@ def settle(
     """
     if name not in CLAIMS:
         raise KeyError(f"unknown claim {name!r}{nearest(name, CLAIMS)}")
-    attrs = trace.attrs
+    attrs, origin = trace.attrs, trace.attrs["fingerprint"]
     model = Path(attrs["model"]).name
     sampler = "any" if attrs["direction"] == "forward" else attrs["sampler"]
     file = RESULTS / model / sampler / f"{name}.json"
@@ -114,7 +114,7 @@ def settle(
         "prompts": [len(group) for group in groups][: 1 if paired else None],
         "guidance": attrs.get("guidance"),
         "sizes": {d: trace.sizes[d] for d in ("seed", "draw", "step") if d in trace.sizes} | sizes,
-        "fingerprint": attrs["fingerprint"][:12],
+        "fingerprint": origin if "@" in origin else origin[:12],  # repository@commit, or a hash
         "versions": json.loads(attrs["versions"]),
     }
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,7 @@ from memlib import book, claims, plot
 
 SIZES = "every=1 steps=4 seeds=2 ddpm_seeds=2 draws=1 timesteps=(940,) unguided_seeds=1 "
 SIZES += "checkpoint_draws=1 scales=(3,) sweep_every=2 sweep_seeds=1 uncaptioned=2 many=4 "
-SIZES += "many_seeds=3 many_every=1 many_steps=4 few_steps=(2,) few_seeds=1 "
-SIZES += "stable-diffusion.models=('sd14',)"
+SIZES += "many_seeds=3 many_every=1 many_steps=4 few_steps=(2,) few_seeds=1"
 CORE = (
     "overestimated conditional-aligned unconditional-not-aligned converge-earlier image-ahead "
     "noise-behind d1-severity d2-severity almost-perfect guided-error conditional-loss"
