@@ -49,8 +49,8 @@ TEXT_WIDTH, TEXT_LENGTH = 128, 24
 CAPTION_DROPOUT = 0.1  # share of rows trained with the empty caption, for guidance
 REUSE = 5  # epochs for which a redrawn scene is kept before it is drawn anew
 STAGES = {  # steps, batch, Muon's and AdamW's learning rates, steps between checkpoints
-    "vae": dict(steps=2600, batch=12, rate=0.02, adam=2e-3, save=200),
-    "unet": dict(steps=6000, batch=64, rate=0.02, adam=1e-3, save=200),
+    "vae": dict(steps=5000, batch=12, rate=0.02, adam=2e-3, save=200),
+    "unet": dict(steps=6600, batch=64, rate=0.02, adam=1e-3, save=200),
 }
 SNAPSHOTS = (500, 1250, 2750)  # U-Net steps shipped besides the last one
 NORMAL_PROMPTS = 16  # of the normal captions, those that the manifest lists
