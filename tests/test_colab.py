@@ -8,6 +8,7 @@ import tomllib
 
 import nbformat
 import pytest
+from papermill import inspect_notebook
 
 from memlib import book
 
@@ -52,3 +53,14 @@ def test_a_notebook_from_nothing(tmp_path, monkeypatch):
     rows = [json.loads(p.read_text()) for p in (empty / "results/lab").rglob("*.json")]
     assert {row["claim"] for row in rows} >= {"converge-earlier", "decided-early"}
     assert (empty / "how-diffusion-models-memorize/data/lab").is_dir()
+
+
+def test_papermill_lists_the_parameters(tmp_path):
+    """`papermill --help-notebook` on what Colab gets: every parameter, with a word on it."""
+    chapters = book.read_chapters(book.ROOT)
+    book.write_notebooks(book.ROOT, chapters, tmp_path / "notebooks")
+    for name, chapter in chapters.items():
+        found = inspect_notebook(str(tmp_path / "notebooks" / f"{name}.ipynb"))
+        assert found.keys() == book.parameters(name, chapter).keys(), name
+        for parameter in found.values():
+            assert parameter["help"].strip(), (name, parameter)
