@@ -55,9 +55,19 @@ def default_pairs(model: str) -> str:
 
 
 def fetch(options) -> None:
-    """Bring a published list and its training images, or the official SSCD."""
-    from memlib import fetch, lists, severity
+    """Bring a published list and its training images, a model's weights, or the official SSCD."""
+    from memlib import fetch, lists, models, severity
+    from memlib.errors import nearest
 
+    if options.what in models.CHECKPOINTS or models.is_hub_id(options.what):
+        for folder in models.download(options.what, options.revision):
+            print(folder)
+        return
+    if options.what != "sscd" and options.what not in lists.LISTS:
+        valid = (*lists.LISTS, *models.CHECKPOINTS, "sscd")
+        raise ValueError(
+            f"nothing is known by the name {options.what!r}{nearest(options.what, valid)}"
+        )
     if options.what == "sscd":
         if not options.sha256:
             raise ValueError(
@@ -158,7 +168,9 @@ def doctor(_options) -> None:
             checkpoint.repository, "model_index.json", revision=checkpoint.revision
         )
         size = f"{cost.BYTES[name] / 1e9:.0f} GB"
-        state = "downloaded" if isinstance(index, str) else f"not here; load({name!r}) gets {size}"
+        state = (
+            "downloaded" if isinstance(index, str) else f"not here: memlib fetch {name} ({size})"
+        )
         line(name, f"{checkpoint.repository}: {state}")
     print("Lists")
     for name in lists.LISTS:
@@ -216,7 +228,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="CSV file for D1, D2 and severity of each prompt")
 
     p = commands.add_parser("fetch", help=fetch.__doc__, description=fetch.__doc__)
-    p.add_argument("what", choices=["webster-sd14", "webster-sd21", "webster-realvis", "sscd"])
+    p.add_argument(
+        "what",
+        help="webster-sd14, webster-sd21, webster-realvis; sd14, sd21, realvis or a Hub id; sscd",
+    )
+    p.add_argument("--revision", help="of a Hub model, instead of the pinned one")
     p.add_argument("--images", type=Path, help="take the images from this folder, zip or tar")
     p.add_argument("--list-only", action="store_true", help="no images")
     p.add_argument("--retry", action="store_true", help="also what an earlier run found gone")

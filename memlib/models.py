@@ -312,7 +312,7 @@ class RecordedModel:
     def _refuse(self, *_, **__):
         raise ModelError(
             f"this was not recorded, and the weights of {self.source} are not here: run it where "
-            f"they are (memlib trace --model {self.source}), or download them (memlib doctor)"
+            f"they are, or get them with memlib fetch {self.source}"
         )
 
     encode_text = predict = encode_images = decode = checkpoint = _refuse
@@ -357,9 +357,9 @@ def load(
         counts = np.maximum(pairs.multiplicity, 1)
         return ExactModel(atoms, pairs.caption, counts, lab.scheduler_config, codec=lab)
     folder = LAB if name == "lab" else Path(name)
-    hub = not folder.is_dir() and (name in CHECKPOINTS or _is_hub_id(str(name)))
+    hub = not folder.is_dir() and (name in CHECKPOINTS or is_hub_id(str(name)))
     if hub:
-        checkpoint = CHECKPOINTS.get(str(name)) or Checkpoint(*str(name).split("@"))
+        checkpoint = _checkpoint(str(name))
         revision = revision or checkpoint.revision
         vae = vae or checkpoint.vae
         card = _card(str(name))
@@ -415,7 +415,18 @@ def _memory() -> str:
     return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free, 6 are needed for SD v1.4"
 
 
-def _is_hub_id(name: str) -> bool:
+def _checkpoint(name: str) -> Checkpoint:
+    return CHECKPOINTS.get(name) or Checkpoint(*name.split("@"))
+
+
+def download(name: str, revision: str | None = None) -> list[Path]:
+    """Bring the weights of a Hub model to this machine; return the folders they are in."""
+    checkpoint = _checkpoint(name)
+    folders = [_download(checkpoint.repository, revision or checkpoint.revision)]
+    return folders + ([_download(checkpoint.vae, "main", "vae")] if checkpoint.vae else [])
+
+
+def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name) is not None
 
 

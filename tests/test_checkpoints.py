@@ -432,6 +432,21 @@ def test_a_model_of_the_hub(hub):
     status, out, error = hub(RECORD.replace("steps=2", "steps=3"), HF_HUB_OFFLINE="1")
     assert status
     assert "this was not recorded, and the weights of some/model are not here" in error[0]
+    assert "memlib fetch some/model" in error[0]
+
+
+def test_fetching_weights(hub):
+    """What has a card but no weights is read from its traces, until they are fetched."""
+    status, _, error = hub(RECORD)
+    assert status == 0, error
+    shutil.rmtree(Path(hub.handler.folder).parent / "home")
+    kind = 'print(type(memlib.load("some/model").model).__name__)'
+    assert hub(kind)[1].strip() == "RecordedModel"
+    fetch = 'from memlib import cli; raise SystemExit(cli.main(["fetch", "some/model"]))'
+    status, out, error = hub(fetch)
+    assert status == 0, error
+    assert out.strip().endswith(COMMIT)
+    assert hub(kind)[1].strip() == "DiffusersModel"
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,7 @@ def test_trace_from_the_command_line(webster, tmp_path, monkeypatch, capsys):
         (["trace", "--prompts", "0"], "no prompt is left"),
         (["trace", "--pairs", "webster-sd21"], "memlib fetch webster-sd21"),
         (["trace", "--device", "cuda:7"], "torch finds no GPU here"),
+        (["fetch", "webster-sd15"], "did you mean 'webster-sd"),
         (["fetch", "sscd"], "Meta publishes no checksum"),
         (["book", "--model", "sd14", "--profile", "smal"], "did you mean 'smoke'"),
     ],
