@@ -169,7 +169,7 @@ def flips(profile: str) -> list[str]:
     return [
         f"{claim} ({sampler}): {wanted.get((claim, sampler))} → {found.get((claim, sampler))}"
         for claim, sampler in sorted({*found, *wanted})
-        if found.get((claim, sampler)) != wanted.get((claim, sampler))
+        if found.get((claim, sampler)) not in wanted.get((claim, sampler), "").split(" or ")
     ]
 
 
