@@ -49,9 +49,9 @@ def trace(options) -> None:
 
 def default_pairs(model: str) -> str:
     """The list that goes with a model: Webster's for the three it was made for, else the lab's."""
-    from memlib.lists import LISTS
+    from memlib.book import WEBSTER
 
-    return next((name for name, known in LISTS.items() if known.model == model), "lab")
+    return WEBSTER.get(model, "lab")
 
 
 def fetch(options) -> None:
@@ -133,7 +133,6 @@ def doctor(_options) -> None:
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
-    from huggingface_hub import try_to_load_from_cache
 
     from memlib import cost, lists, models, pairs, severity, store
 
@@ -164,13 +163,9 @@ def doctor(_options) -> None:
     print("Models")
     line("lab, exact", "here" if models.LAB.is_dir() else "missing: data/lab of the repository")
     for name, checkpoint in models.CHECKPOINTS.items():
-        index = try_to_load_from_cache(
-            checkpoint.repository, "model_index.json", revision=checkpoint.revision
-        )
+        here = models.downloaded(checkpoint.repository, checkpoint.revision)
         size = f"{cost.BYTES[name] / 1e9:.0f} GB"
-        state = (
-            "downloaded" if isinstance(index, str) else f"not here: memlib fetch {name} ({size})"
-        )
+        state = "here" if here else f"not here: memlib fetch {name} ({size})"
         line(name, f"{checkpoint.repository}: {state}")
     print("Lists")
     for name in lists.LISTS:

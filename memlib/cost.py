@@ -12,7 +12,10 @@ from functools import lru_cache
 
 import torch
 
-UNETS = {  # latent side, latent channels, and what differs from diffusers' defaults
+from memlib.gram import VECTORS
+
+STATE_BYTES = len(VECTORS) ** 2 * 8  # inner products in float64
+UNETS = {  # latent side, and what differs from diffusers' defaults; RealisticVision's is v1.4's
     "sd14": (64, dict(cross_attention_dim=768, attention_head_dim=8)),
     "sd21": (
         96,
@@ -21,7 +24,6 @@ UNETS = {  # latent side, latent channels, and what differs from diffusers' defa
             use_linear_projection=True, upcast_attention=True,
         ),
     ),
-    "realvis": (64, dict(cross_attention_dim=768, attention_head_dim=8)),
 }  # fmt: skip
 BYTES = {"sd14": 4.3e9, "sd21": 5.2e9, "realvis": 4.6e9}  # a download in safetensors, about
 
@@ -77,6 +79,6 @@ def batch_for(model: str, memory: float) -> int:
     return int(max(1, min(32, (0.9 * memory - weights - vae) // each)))
 
 
-def trace_bytes(prompts: int, seeds: int, steps: int = 50, image_side: int = 0) -> int:
-    """Bytes of the inner products (uncompressed float64), and of the pictures if they are kept."""
-    return prompts * seeds * ((steps + 1) * 7 * 7 * 8 + 3 * image_side**2)
+def trace_bytes(prompts: int, seeds: int, steps: int = 50) -> int:
+    """Bytes of a trace's inner products, before compression."""
+    return prompts * seeds * (steps + 1) * STATE_BYTES

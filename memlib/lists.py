@@ -31,7 +31,6 @@ class PromptList:
 
     file: str
     md5: str
-    model: str  # whose memories it lists
 
     @property
     def url(self) -> str:
@@ -40,14 +39,13 @@ class PromptList:
 
 LISTS = {
     "webster-sd14": PromptList(
-        "sdv1_bb_edge_groundtruth.parquet", "72c2dded275dda496de9c3f7c33c4f3d", "sd14"
+        "sdv1_bb_edge_groundtruth.parquet", "72c2dded275dda496de9c3f7c33c4f3d"
     ),
     "webster-sd21": PromptList(
-        "sdv2_bb_edge_groundtruth.parquet", "c700ae1d156a9330940d339a24740ed1", "sd21"
+        "sdv2_bb_edge_groundtruth.parquet", "c700ae1d156a9330940d339a24740ed1"
     ),
     "webster-realvis": PromptList(
-        "realistic_vision_sdv1_edge_groundtruth.parquet", "d4ce3781e41efb78289c936d87a79edf",
-        "realvis",
+        "realistic_vision_sdv1_edge_groundtruth.parquet", "d4ce3781e41efb78289c936d87a79edf"
     ),
 }  # fmt: skip
 
@@ -123,8 +121,8 @@ def reconcile(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     n times in one list and m in the other is ``both`` min(n, m) times; nothing is merged away.
     """
     keys = ["index", "caption", "url"]
-    a, b = (t[keys].astype(str).assign(turn=t.groupby(keys).cumcount().values)
-            for t in (first.reset_index(drop=True), second.reset_index(drop=True)))  # fmt: skip
+    a, b = (t[keys].astype(str) for t in (first, second))  # a missing address is one, too
+    a, b = (t.assign(turn=t.groupby(keys).cumcount()) for t in (a, b))
     merged = a.merge(b, how="outer", on=[*keys, "turn"], indicator="list")
     names = {"left_only": "first", "right_only": "second", "both": "both"}
     merged["list"] = merged["list"].map(names).astype(str)
@@ -134,8 +132,9 @@ def reconcile(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 def find_images(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """Give each row the picture in `folder` that is named after it, if it is one.
 
-    A picture is named by `prompt_id` or `index`, plain or with leading zeros. What is broken,
-    tiny, a page of HTML or a placeholder is set aside: `image` is "" and `image_note` says why.
+    A picture is named by `prompt_id`, or by an `index` that stands once, plain or with leading
+    zeros. What is broken, tiny, a page of HTML or a placeholder is set aside: `image` is "" and
+    `image_note` says why.
     """
     from memlib.fetch import check_image
 
@@ -145,8 +144,9 @@ def find_images(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
             if file.suffix.lower() in ENDINGS:
                 files.setdefault(re.sub(r"^0+(?=\d)", "", file.stem), file)
     images, notes = [], []
-    for row in table.itertuples():
-        names = [row.prompt_id, getattr(row, "index", "")]
+    numbers = table["index"].astype(str) if "index" in table else table.prompt_id
+    numbers = numbers.where(~numbers.duplicated(keep=False), table.prompt_id)
+    for names in zip(table.prompt_id, numbers, strict=True):
         found = [files[k] for n in names if (k := re.sub(r"^0+(?=\d)", "", str(n))) in files]
         note = check_image(found[0]) if found else "no picture"
         images.append("" if note else str(found[0].resolve()))

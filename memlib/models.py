@@ -123,8 +123,16 @@ class DiffusersModel:
         torch.nn.Module.to(self.unet, dtype)  # diffusers' own `to` warns of nothing, loudly
 
     def to_epsilon(self, output, x_t, alpha_bar):
-        """An output as noise; see `to_epsilon`."""
-        return to_epsilon(self.prediction_type, self.source, output, x_t, alpha_bar)
+        r"""An output as noise; from v, $\epsilon=\sqrt{\bar\alpha}v+\sqrt{1-\bar\alpha}x_t$."""
+        if self.prediction_type == "epsilon":
+            return output
+        if self.prediction_type == "v_prediction":
+            return alpha_bar**0.5 * output + (1 - alpha_bar) ** 0.5 * x_t
+        if self.prediction_type == "sample":
+            return (x_t - alpha_bar**0.5 * output) / (1 - alpha_bar) ** 0.5
+        raise ModelError(
+            f"{self.source} predicts {self.prediction_type!r}, not epsilon, v_prediction or sample"
+        )
 
     @torch.no_grad()
     def encode_images(self, files: Iterable[str | Path]) -> torch.Tensor:
@@ -163,20 +171,6 @@ class DiffusersModel:
         pipe = type(self.pipe)(**parts, requires_safety_checker=False).to(self.device)
         name, fingerprint = f"{self.source}/{folder.name}", hash_files(folder)
         return DiffusersModel(pipe, name, f"{self.fingerprint} {fingerprint}", self.precision)
-
-
-def to_epsilon(prediction_type: str, source: str, output, x_t, alpha_bar):
-    r"""What a network put out, as noise.
-
-    From v it is $\epsilon=\sqrt{\bar\alpha}v+\sqrt{1-\bar\alpha}x_t$ (Salimans and Ho 2022).
-    """
-    if prediction_type == "epsilon":
-        return output
-    if prediction_type == "v_prediction":
-        return alpha_bar**0.5 * output + (1 - alpha_bar) ** 0.5 * x_t
-    if prediction_type == "sample":
-        return (x_t - alpha_bar**0.5 * output) / (1 - alpha_bar) ** 0.5
-    raise ModelError(f"{source} predicts {prediction_type!r}, not epsilon, v_prediction or sample")
 
 
 class ExactModel:
@@ -316,6 +310,7 @@ class RecordedModel:
         )
 
     encode_text = predict = encode_images = decode = checkpoint = _refuse
+    to_epsilon = DiffusersModel.to_epsilon
 
 
 def load(
@@ -359,16 +354,20 @@ def load(
     folder = LAB if name == "lab" else Path(name)
     hub = not folder.is_dir() and (name in CHECKPOINTS or is_hub_id(str(name)))
     if hub:
+        # Another revision or VAE is another model: it has traces and a name of its own.
+        source = f"{name}@{revision}" if revision else str(name)
+        source += "+vae" if vae else ""
         checkpoint = _checkpoint(str(name))
         revision = revision or checkpoint.revision
         vae = vae or checkpoint.vae
-        card = _card(str(name))
-        if card and not _downloaded(checkpoint.repository, revision):
+        card = _card(source)
+        if card and not downloaded(checkpoint.repository, revision):
             return Remembering(RecordedModel(card))
         folder = _download(checkpoint.repository, revision)
         fingerprint = f"{checkpoint.repository}@{folder.name}"
     else:
         _check_folder(name, folder)
+        source = str(name)
         fingerprint = hash_files(folder)
     parts = {}
     if vae:
@@ -394,7 +393,7 @@ def load(
         raise ModelError(f"{where} cannot be loaded: {first_line(error)}{advice}") from error
     if dtype is None:
         dtype = "float16" if hub and torch.device(device).type == "cuda" else "float32"
-    model = DiffusersModel(pipe, str(name), fingerprint, dtype)
+    model = DiffusersModel(pipe, source, fingerprint, dtype)
     return Remembering(model) if hub else model
 
 
@@ -412,7 +411,7 @@ def _device(device: str | None) -> str:
 
 def _memory() -> str:
     free, total = torch.cuda.mem_get_info()
-    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free, 6 are needed for SD v1.4"
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
 
 
 def _checkpoint(name: str) -> Checkpoint:
@@ -476,7 +475,8 @@ def _card(name: str) -> dict | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def _downloaded(repository: str, revision: str) -> bool:
+def downloaded(repository: str, revision: str) -> bool:
+    """Whether a model's weights, or a part of them, are on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
     index = try_to_load_from_cache(repository, "model_index.json", revision=revision)

@@ -23,6 +23,7 @@ from einops import einsum
 from jaxtyping import Float
 from tqdm import tqdm
 
+from memlib.answers import unwrapped
 from memlib.gram import VECTORS
 from memlib.pairs import read_image
 from memlib.schedule import ddpm_noise_coefficients, make_scheduler, state_levels
@@ -243,6 +244,7 @@ def reverse_trace(
     MemoryError
         One image alone does not fit into the device's memory.
     """
+    model = unwrapped(model)  # a trace is kept as a whole, not call by call
     seeds = [int(s) for s in seeds]
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError("seeds must be distinct and at least one")
@@ -342,6 +344,7 @@ def forward_trace(
     Dataset with `gram` (prompt, draw, step, vec, vec_): `x_T` is the true noise, `noise` is zero,
     `x_gen` does not exist (NaN).
     """
+    model = unwrapped(model)
     pairs = pairs.reset_index(drop=True)
     missing = [i for i, f in zip(pairs.prompt_id, image_files(pairs), strict=True) if not f]
     if missing:

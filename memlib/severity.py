@@ -83,8 +83,8 @@ def _official(preprocessing: str) -> Callable:
     file = official_file()
     if not file.is_file():
         raise FileNotFoundError(
-            f"the official SSCD is not here: memlib fetch sscd brings it, or set MEMLIB_SSCD to "
-            f"{OFFICIAL}; severity='sscd' needs no download"
+            "the official SSCD is not here: memlib fetch sscd --sha256 ... brings it, or set "
+            f"MEMLIB_SSCD to {OFFICIAL}; severity='sscd' needs no download"
         )
     wanted = os.environ.get("MEMLIB_SSCD_SHA256", "")
     if wanted and sha256(file) != wanted.lower():

@@ -19,7 +19,6 @@ from filelock import FileLock
 
 import memlib.pairs
 from memlib import gram, models, sample, schedule, severity
-from memlib.answers import Remembering
 from memlib.checksums import sha256
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,8 +49,6 @@ def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **
     ModelError
         The weights are not on this machine, and this was not recorded anywhere.
     """
-    if isinstance(model, Remembering):
-        model = model.model  # what is kept here need not be kept there
     if "seeds" in settings:
         settings["seeds"] = list(settings["seeds"])  # the key must not use up a generator
     what, where = _keys(function, model, pairs, settings)
@@ -83,7 +80,7 @@ def card_file(name: str) -> Path:
 
 
 def _leave_card(model) -> None:
-    if "@" not in model.fingerprint or not hasattr(model, "image_size"):
+    if "@" not in model.fingerprint:
         return
     card = {
         "source": model.source,

@@ -247,6 +247,16 @@ def test_memory_halves_the_batch(folders, monkeypatch):
         memlib.reverse_trace(model, pairs, **options)
 
 
+def test_a_card_too_small_for_the_weights(folders, monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("a pretended card")
+
+    monkeypatch.setattr(torch.nn.Module, "to", no_room)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**31))
+    with pytest.raises(ModelError, match=r"does not fit .* 1\.0 of 2\.0 GiB are free"):
+        memlib.load(folders("sd14"))
+
+
 # -------------------------------------------------------------------------------------- refusals
 
 
@@ -433,6 +443,27 @@ def test_a_model_of_the_hub(hub):
     assert status
     assert "this was not recorded, and the weights of some/model are not here" in error[0]
     assert "memlib fetch some/model" in error[0]
+
+
+def test_sampling_keeps_no_states(hub):
+    """`reverse_trace` on a Hub model returns inner products; nothing is left on the disk."""
+    call = (
+        'memlib.reverse_trace(memlib.load("some/model"), pairs, seeds=[0], steps=2, severity=None)'
+    )
+    status, _, error = hub(RECORD.split("trace =")[0] + call)
+    assert status == 0, error
+    assert not (Path(hub.handler.folder).parent / "cache").exists()
+
+
+def test_another_revision_is_another_model(hub):
+    """The traces of one do not stand in for the other's."""
+    status, _, error = hub(RECORD)
+    assert status == 0, error
+    shutil.rmtree(Path(hub.handler.folder).parent / "home")
+    for option in ('revision="v9"', 'vae="some/vae"'):
+        status, _, error = hub(f'memlib.load("some/model", {option})', HF_HUB_OFFLINE="1")
+        assert status
+        assert "cannot be downloaded" in error[0]
 
 
 def test_fetching_weights(hub):

@@ -35,7 +35,7 @@ def webster(tmp_path, monkeypatch):
     file = lists.list_file("webster-sd14")
     (file.parent / "images").mkdir(parents=True)
     table.to_parquet(file)
-    known = lists.PromptList(file.name, hashlib.md5(file.read_bytes()).hexdigest(), "sd14")
+    known = lists.PromptList(file.name, hashlib.md5(file.read_bytes()).hexdigest())
     monkeypatch.setitem(lists.LISTS, "webster-sd14", known)
     return file.parent
 
@@ -65,6 +65,12 @@ def test_images_of_a_list(webster):
     for note, word in zip(pairs.image_note, ("", "black", "HTML", "truncated", "9"), strict=True):
         assert word.lower() in note.lower(), note
     assert pairs.image_note[0] == ""
+
+
+def test_a_repeated_index_takes_no_picture_of_the_other_row(webster):
+    shutil.copy(LAB.image[0], webster / "images" / "12.png")
+    pairs = memlib.load_pairs("webster-sd14")
+    assert [bool(i) for i in pairs.image] == [False, True, False, False, False]
 
 
 def test_a_changed_list_is_refused(webster):
@@ -97,6 +103,11 @@ def test_json_lines_and_csv_with_an_index(tmp_path):
         assert [bool(i) for i in pairs.image] == [True, False]
     with pytest.raises(PairsError, match="no folder"):
         memlib.load_pairs(file, images=tmp_path / "nowhere")
+
+
+def test_reconciling_rows_without_an_address():
+    a = pd.DataFrame({"index": [1, 2], "caption": ["x", "y"], "url": [None, None]})
+    assert list(lists.reconcile(a, a).list) == ["both", "both"]
 
 
 def test_reconciling_two_lists():
