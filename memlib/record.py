@@ -1,0 +1,559 @@
+"""Recording into a run: what is missing is sampled, here, on all devices, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from tqdm import tqdm
+
+from memlib.answers import unwrapped
+from memlib.errors import first_line, nearest
+from memlib.sample import guidance_values, reverse_trace, score
+from memlib.store import Run, Task, prompt_rows
+
+ENGINES = ("local", "ray")
+ATTEMPTS = 3  # a task whose worker dies so often is given up
+
+
+@dataclass
+class Summary:
+    """How a run ended: pieces done now, found done, and failed with the reason."""
+
+    address: str
+    done: int = 0
+    skipped: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    error: Exception | None = None  # the first failure
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        text = f"{self.done} pieces recorded, {self.skipped} were there, {len(self.failed)} failed"
+        lines = [f"{text} ({self.seconds:.0f} s): {self.address}"]
+        lines += [f"  {name}: {reason}" for name, reason in list(self.failed.items())[:10]]
+        if len(self.failed) > 10:
+            lines.append(f"  and {len(self.failed) - 10} more")
+        return "\n".join(lines)
+
+
+class LostWorker(RuntimeError):
+    """A worker died with a task in hand."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to record any task of a run."""
+
+    function: Callable[..., xr.Dataset]
+    settings: dict
+    recipe: dict | None = None  # arguments of `memlib.load`
+    threads: int | None = None
+
+    def load(self):
+        """The model, in a process of its own."""
+        import memlib
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return unwrapped(memlib.load(**self.recipe))
+
+    def sample(self, model, rows: pd.DataFrame, seeds: list[int], batch_size) -> xr.Dataset:
+        settings = dict(self.settings)
+        names = inspect.signature(self.function).parameters
+        more = {"seeds": seeds, "batch_size": batch_size, "progress": False}
+        settings |= {k: v for k, v in more.items() if k in names}
+        if settings.get("severity"):  # scored afterwards, while the device samples the next
+            settings |= {"severity": None, "images": True}
+        return self.function(model, rows, **settings)
+
+    def score(self, trace: xr.Dataset, rows: pd.DataFrame) -> xr.Dataset:
+        if measure := self.settings.get("severity"):
+            trace = score(trace, rows, measure)
+            if not self.settings["images"]:
+                trace = trace.drop_vars("image", errors="ignore")
+        return trace
+
+
+# --- engines: submit a task, wait for results ---------------------------------------------------
+
+
+class Here:
+    """This process. On a GPU one task is scored while the next is sampled."""
+
+    def __init__(self, job: Job, model):
+        self.job, self.model = job, model
+        self.waiting: list[tuple[Task, Future]] = []
+        self.depth = 1 if model.device.type == "cpu" else 2
+        self.helper = ThreadPoolExecutor(1)
+
+    def room(self, _left: int) -> bool:
+        return len(self.waiting) < self.depth
+
+    def submit(self, task: Task, rows: pd.DataFrame, seeds: list[int]) -> None:
+        future: Future = Future()
+        try:
+            trace = self.job.sample(self.model, rows, seeds, task.batch_size)
+            if self.depth == 1:
+                future.set_result(self.job.score(trace, rows))
+            else:
+                future = self.helper.submit(self.job.score, trace, rows)
+        except Exception as error:
+            future.set_exception(error)
+        self.waiting.append((task, future))
+
+    def wait(self) -> Iterator[tuple[Task, xr.Dataset | Exception]]:
+        if not self.waiting:  # all that is left is in another process's hands
+            time.sleep(0.2)
+            return
+        task, future = self.waiting.pop(0)
+        yield task, future.exception() or future.result()
+
+    def close(self) -> None:
+        self.helper.shutdown(cancel_futures=True)
+
+
+def _serve(connection, job: Job) -> None:
+    """A worker process: tasks in, traces out, until the other end is closed."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    sending = threading.Lock()
+
+    def answer(number: int, result) -> None:
+        with sending, contextlib.suppress(OSError):
+            connection.send((number, result))
+
+    try:
+        model = job.load()
+    except Exception as error:
+        answer(-1, error)
+        return
+
+    def finish(number, trace, rows):
+        try:
+            answer(number, job.score(trace, rows))
+        except Exception as error:
+            answer(number, error)
+
+    overlap = ThreadPoolExecutor(1) if model.device.type != "cpu" else None
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            number, rows, seeds, batch_size = connection.recv()
+            try:
+                trace = job.sample(model, rows, seeds, batch_size)
+            except Exception as error:
+                answer(number, error)
+                continue
+            overlap.submit(finish, number, trace, rows) if overlap else finish(number, trace, rows)
+
+
+class Processes:
+    """Worker processes of this machine, one for each of `jobs`; one that dies is replaced."""
+
+    def __init__(self, jobs: list[Job]):
+        self.context = multiprocessing.get_context("spawn")
+        self.workers = [self._start(job) for job in jobs]
+
+    def _start(self, job: Job) -> dict:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_serve, args=(theirs, job), daemon=True)
+        with _environment(OMP_NUM_THREADS=job.threads, MEMLIB_PROGRESS=None):
+            process.start()
+        theirs.close()
+        return {"job": job, "process": process, "connection": ours, "tasks": {}}
+
+    def room(self, left: int) -> bool:
+        # One more each, so that none waits for the next; not at the end, where some would idle.
+        depth = 2 if left > len(self.workers) else 1
+        return any(len(worker["tasks"]) < depth for worker in self.workers)
+
+    def submit(self, task: Task, rows: pd.DataFrame, seeds: list[int]) -> None:
+        worker = min(self.workers, key=lambda w: len(w["tasks"]))
+        worker["tasks"][task.number] = task
+        with contextlib.suppress(OSError):  # it died: `wait` sees that
+            worker["connection"].send((task.number, rows, seeds, task.batch_size))
+
+    def wait(self) -> Iterator[tuple[Task, xr.Dataset | Exception]]:
+        by_connection = {w["connection"]: n for n, w in enumerate(self.workers)}
+        for connection in wait_for(list(by_connection), timeout=1.0):
+            n = by_connection[connection]
+            worker = self.workers[n]
+            try:
+                number, result = connection.recv()
+            except (EOFError, OSError):
+                worker["process"].join()
+                self.workers[n] = self._start(worker["job"])
+                for task in worker["tasks"].values():
+                    yield task, LostWorker(f"its worker died (exit {worker['process'].exitcode})")
+                continue
+            if number < 0:  # it could not load the model, and no other will
+                raise result
+            yield worker["tasks"].pop(number), result
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker["connection"].close()
+            if worker["tasks"]:
+                worker["process"].terminate()
+        for worker in self.workers:
+            worker["process"].join()
+
+
+class OnRay:
+    """Actors of a Ray cluster; a lost one is replaced as soon as a node has room for it.
+
+    The images of a task travel with it, and its trace comes back: nodes need no common disk. A
+    model is loaded on each node by its name.
+    """
+
+    def __init__(self, job: Job, workers: int | None, address: str | None):
+        try:
+            import ray
+        except ImportError as error:
+            raise ImportError("engine 'ray' needs Ray: pip install 'memlib[cluster]'") from error
+        self.ray, self.job = ray, job
+        if not ray.is_initialized():
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level="error")
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ValueError(f"no Ray cluster at {address}: {first_line(error)}") from error
+        gpu = (job.recipe["device"] or "cuda").startswith("cuda") and torch.cuda.is_available()
+        has = ray.cluster_resources()
+        room = has.get("GPU", 0) if gpu else has.get("CPU", 1) // (job.threads or 1)
+        options = {"num_gpus": 1} if gpu else {"num_cpus": job.threads or 1}
+        actor = ray.remote(max_concurrency=2, **options)(_Actor)
+        self.start = lambda: actor.remote(ray.cloudpickle.dumps(job))
+        self.starting, self.idle, self.busy = {}, [], {}
+        for _ in range(int(workers or max(1, room))):
+            self._begin()
+
+    def _begin(self) -> None:
+        actor = self.start()
+        self.starting[actor.ready.remote()] = actor
+
+    def room(self, _left: int) -> bool:
+        return bool(self.idle)
+
+    def submit(self, task: Task, rows: pd.DataFrame, seeds: list[int]) -> None:
+        actor = self.idle.pop()
+        images = [Path(f).read_bytes() if f else b"" for f in rows.get("image", [])]
+        ref = actor.run.remote(rows, images, seeds, task.batch_size)
+        self.busy[ref] = task, actor
+
+    def wait(self) -> Iterator[tuple[Task, xr.Dataset | Exception]]:
+        from ray.exceptions import RayActorError, RayTaskError
+
+        refs = [*self.starting, *self.busy]
+        ready, _ = self.ray.wait(refs, num_returns=1, timeout=1.0)
+        for ref in ready:
+            starting = self.starting.pop(ref, None)
+            task, actor = (None, starting) if starting else self.busy.pop(ref)
+            try:
+                result = self.ray.get(ref)
+            except RayActorError as error:
+                self._begin()
+                result, actor = LostWorker(first_line(error)), None
+            except RayTaskError as error:
+                result = error.cause
+                if starting:
+                    raise result from error
+            if actor:
+                self.idle.append(actor)
+            if task:
+                yield task, result
+
+    def close(self) -> None:
+        actors = [*self.idle, *self.starting.values(), *(a for _, a in self.busy.values())]
+        for actor in actors:
+            self.ray.kill(actor)
+
+
+class _Actor:
+    def __init__(self, job: bytes):
+        import pickle
+
+        self.job: Job = pickle.loads(job)
+        self.model = self.job.load()
+        self.device = threading.Lock()
+
+    def ready(self) -> None:
+        return None
+
+    def run(self, rows: pd.DataFrame, images: list[bytes], seeds: list[int], batch_size):
+        with tempfile.TemporaryDirectory() as folder:
+            files = []
+            for n, content in enumerate(images):
+                files.append(str(Path(folder, f"{n}.image")) if content else "")
+                if content:
+                    Path(files[-1]).write_bytes(content)
+            rows = rows.assign(image=files) if images else rows
+            with self.device:
+                trace = self.job.sample(self.model, rows, seeds, batch_size)
+            return self.job.score(trace, rows)
+
+
+@contextlib.contextmanager
+def _environment(**values):
+    """Environment variables for the processes that are started within; None removes one."""
+    before = {name: os.environ.get(name) for name in values}
+
+    def put(chosen: dict) -> None:
+        for name, value in chosen.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = str(value)
+
+    put(values)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def devices(recipe: dict | None, workers: int | None) -> list[str]:
+    """A device for each worker: all visible GPUs, or as many CPU workers as asked for.
+
+    An empty list is this process.
+    """
+    named = (recipe or {}).get("device")
+    gpus = torch.cuda.device_count() if named in (None, "cuda") else 0
+    if gpus:
+        count = gpus if workers is None else workers
+        return [f"cuda:{n % gpus}" for n in range(count)] if count > 1 else []
+    return [named or "cpu"] * workers if workers and workers > 1 else []
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+def _engine(job: Job, model, engine: str, workers: int | None, address: str | None):
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1")
+    chosen = devices(job.recipe, workers)
+    if engine == "local" and not chosen:
+        if job.threads:
+            torch.set_num_threads(job.threads)
+        return Here(job, model)
+    if job.recipe is None:
+        raise ValueError("workers load their own model: give one that memlib.load can name")
+    if engine == "ray":
+        threads = job.threads or 1
+        return OnRay(Job(job.function, job.settings, job.recipe, threads), workers, address)
+    threads = job.threads or max(1, cores() // len(chosen))
+    recipes = [job.recipe | {"device": device} for device in chosen]
+    return Processes([Job(job.function, job.settings, r, threads) for r in recipes])
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line now and then, or nothing."""
+
+    def __init__(self, total: int, done: int, name: str, how: bool | str):
+        file = os.environ.get("MEMLIB_PROGRESS") if how else None
+        self.lines = how == "lines" and not sys.stderr.isatty() and not file
+        options = {"file": open(file, "w"), "ncols": 70} if file else {}
+        disable = False if file else None if how and not self.lines else True
+        self.bar = tqdm(
+            total=total, initial=done, desc=name, unit="image", disable=disable, **options
+        )
+        self.total, self.done, self.first = total, done, done
+        self.begun = self.said = time.monotonic()
+        self.failed = 0
+
+    def update(self, images: int, failed: int = 0) -> None:
+        self.done += images
+        self.failed += failed
+        self.bar.update(images)
+        if failed:
+            self.bar.set_postfix(failed=self.failed)
+        now = time.monotonic()
+        if self.lines and (now - self.said > 30 or self.done >= self.total):
+            self.said = now
+            rate = (self.done - self.first) / (now - self.begun + 1e-9)
+            left = (self.total - self.done) / rate if rate else float("nan")
+            text = f"{self.done} of {self.total} images, {rate:.2f} a second, {left:.0f} s left"
+            text += f", {self.failed} failed" if self.failed else ""
+            print(text, file=sys.stderr, flush=True)
+
+
+def identity(function: Callable, model, pairs: pd.DataFrame, settings: dict) -> tuple[dict, dict]:
+    """What must agree in one run, and all settings of `function` with its defaults filled in."""
+    bound = inspect.signature(function).bind(model, pairs, **settings)
+    bound.apply_defaults()
+    values = {k: v for k, v in list(bound.arguments.items())[2:] if k != "progress"}
+    if callable(values.get("guidance_scale")):
+        values["guidance_scale"] = guidance_values(values["guidance_scale"], values["steps"])
+    values = {k: list(v) if isinstance(v, range) else v for k, v in values.items()}
+    fixed = {k: v for k, v in values.items() if k not in ("seeds", "batch_size")}
+    scheduler = json.dumps(model.scheduler_config, default=str, sort_keys=True)
+    known = {"source": model.source, "fingerprint": model.fingerprint}
+    known |= {"precision": model.precision, "scheduler": scheduler}
+    whole = {"function": function.__name__, "settings": fixed, "model": known}
+    return json.loads(json.dumps(whole, default=_listed)), values
+
+
+def _listed(value):
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else list(value)
+
+
+def record(
+    function: Callable[..., xr.Dataset] = reverse_trace,
+    model=None,
+    pairs: pd.DataFrame | None = None,
+    *,
+    address: str | os.PathLike,
+    engine: str = "local",
+    workers: int | None = None,
+    ray_address: str | None = None,
+    threads: int | None = None,
+    progress: bool | str = True,
+    strict: bool = False,
+    **settings,
+) -> Summary:
+    """Record what a run does not have yet: `function(model, pairs, **settings)`, piece by piece.
+
+    Parameters
+    ----------
+    function : `reverse_trace` or `forward_trace`.
+    address : a folder or fsspec address; begun, continued, extended or mended.
+    engine : ``local`` or ``ray``. workers : processes on a CPU, or fewer GPUs than all; with Ray
+        actors, by default as many as the cluster has room for.
+    ray_address : of a running cluster; by default one is started here.
+    threads : of each worker; by default this machine's cores are divided.
+    progress : a bar on a terminal; ``"lines"`` also writes lines where there is none.
+    strict : raise the first failure; otherwise go on, and name it in the summary.
+
+    Returns
+    -------
+    Summary of pieces (a prompt with its seeds): done, skipped, failed with reason.
+
+    Raises
+    ------
+    ValueError, StoreError
+        Settings that cannot be, another run at this address, a disk that is full or gone. What was
+        recorded is kept.
+    """
+    begun = time.monotonic()
+    kernel = unwrapped(model)
+    if "seeds" in settings:
+        settings["seeds"] = list(settings["seeds"])  # a generator is used up once
+    agreed, values = identity(function, kernel, pairs, settings)
+    pairs = pairs.reset_index(drop=True)
+    rows = prompt_rows(pairs)
+    seeds = [int(s) for s in values.get("seeds", [])]
+    template = function(kernel, pairs.iloc[:0], **settings)  # refuses what cannot be
+    run, summary = Run(address), Summary(os.fspath(address))
+    inner = {k: v for k, v in values.items() if k not in ("seeds", "batch_size")}
+    job = Job(function, inner, getattr(kernel, "recipe", None), threads)
+    with run.work():
+        run.open_plan(agreed, rows, seeds, values.get("batch_size"), template)
+        places = {row["prompt_id"]: n for n, row in enumerate(run.plan["prompts"])}
+        files = {places[row["prompt_id"]]: n for n, row in enumerate(rows)}
+        columns = {run.plan["seeds"].index(s) for s in seeds}
+        # what is asked for, and what can be: the image of a prompt that was not given is not here
+        tasks = [t for t in run.tasks() if set(t.prompts) & set(files) and _asked(t, columns)]
+        todo: dict[Task, list[int]] = {}
+        for task, p, state in run.check(tasks):
+            if state == "done":
+                summary.skipped += 1
+            else:
+                todo.setdefault(task, []).append(p)
+        for task in todo:
+            _needs(task, files, run.plan)
+        _work(run, todo, job, kernel, (engine, workers, ray_address), pairs, files, summary,
+              progress, strict)  # fmt: skip
+    summary.seconds = time.monotonic() - begun
+    if strict and summary.error:
+        raise summary.error
+    return summary
+
+
+def _asked(task: Task, columns: set[int]) -> bool:
+    return not task.seeds or bool(columns & set(task.seeds))
+
+
+def _needs(task: Task, files: dict[int, int], plan: dict) -> None:
+    if missing := [plan["prompts"][p]["prompt_id"] for p in task.prompts if p not in files]:
+        raise ValueError(
+            f"a task of this run samples prompts {missing[0]} and others together, to get the same "
+            "bits again: give all prompts that were recorded with it"
+        )
+
+
+def _work(run, todo, job, model, where, pairs, files, summary, progress, strict) -> None:
+    """Hand out tasks until none is left; publish what comes back."""
+    size = {task: len(task.prompts) * max(1, len(task.seeds)) for task in todo}
+    if not todo:
+        return
+    bar = _Progress(sum(size.values()), 0, job.function.__name__.split("_")[0], progress)
+    queue, claims, attempts = list(todo), {}, dict.fromkeys(todo, 0)
+    workers = _engine(job, model, *where)
+    try:
+        while queue or claims:
+            for task in list(queue):
+                if not workers.room(len(queue)):
+                    break
+                claim = run.claim(task)
+                if claim is None:  # another process is at it
+                    continue
+                queue.remove(task)
+                todo[task] = [p for _, p, state in run.check([task])
+                              if state != "done" and p in todo[task]]  # fmt: skip
+                if not todo[task]:  # which has done it meanwhile
+                    claim.release()
+                    summary.skipped += len(task.prompts)
+                    bar.update(size[task])
+                    continue
+                claims[task] = claim
+                rows = pairs.iloc[[files[p] for p in task.prompts]]
+                workers.submit(task, rows, [run.plan["seeds"][s] for s in task.seeds])
+            for task, result in workers.wait():
+                claim = claims.pop(task)
+                try:
+                    if isinstance(result, LostWorker) and attempts[task] + 1 < ATTEMPTS:
+                        attempts[task] += 1
+                        queue.insert(0, task)
+                    elif isinstance(result, Exception):
+                        names = [run.plan["prompts"][p]["prompt_id"] for p in todo[task]]
+                        summary.failed |= dict.fromkeys(names, first_line(result))
+                        summary.error = summary.error or result
+                        bar.update(size[task], failed=len(names))
+                    else:
+                        for p in todo[task]:
+                            run.put(task, p, result.isel(prompt=task.prompts.index(p), drop=True))
+                            summary.done += 1
+                        bar.update(size[task])
+                finally:
+                    if hasattr(claim, "release"):
+                        claim.release()
+                if strict and summary.error:
+                    return
+    finally:
+        workers.close()
+        bar.bar.close()
