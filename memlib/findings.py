@@ -162,6 +162,6 @@ def spread(trace: xr.Dataset) -> xr.DataArray:
         raise ValueError("the spread of seeds needs at least 2 seeds")
     distance = trace.pair_distance.sel(seed_=trace.seed.values)  # of a part of the seeds, say
     each = xr.DataArray(np.arange(trace.sizes["seed"]), dims="each")
-    itself = distance.isel(seed=each, seed_=each).notnull().sum("each")
-    known = distance.notnull().sum(("seed", "seed_")) - itself
+    itself = np.isfinite(distance.isel(seed=each, seed_=each)).sum("each")
+    known = np.isfinite(distance).sum(("seed", "seed_")) - itself
     return distance.sum(("seed", "seed_")) / known.where(known > 0)

@@ -52,7 +52,7 @@ class Summary:
         return "\n".join(lines)
 
 
-class LostWorker(RuntimeError):
+class LostWorkerError(RuntimeError):
     """A worker died with a task in hand."""
 
 
@@ -200,7 +200,10 @@ class Processes:
                 worker["process"].join()
                 self.workers[n] = self._start(worker["job"])
                 for task in worker["tasks"].values():
-                    yield task, LostWorker(f"its worker died (exit {worker['process'].exitcode})")
+                    yield (
+                        task,
+                        LostWorkerError(f"its worker died (exit {worker['process'].exitcode})"),
+                    )
                 continue
             if number < 0:  # it could not load the model, and no other will
                 raise result
@@ -268,7 +271,7 @@ class OnRay:
                 result = self.ray.get(ref)
             except RayActorError as error:
                 self._begin()
-                result, actor = LostWorker(first_line(error)), None
+                result, actor = LostWorkerError(first_line(error)), None
             except RayTaskError as error:
                 result = error.cause
                 if starting:
@@ -377,7 +380,7 @@ class _Progress:
     def __init__(self, total: int, done: int, name: str, how: bool | str):
         file = os.environ.get("MEMLIB_PROGRESS") if how else None
         self.lines = how == "lines" and not sys.stderr.isatty() and not file
-        options = {"file": open(file, "w"), "ncols": 70} if file else {}
+        options = {"file": Path(file).open("w"), "ncols": 70} if file else {}
         disable = False if file else None if how and not self.lines else True
         self.bar = tqdm(
             total=total, initial=done, desc=name, unit="image", disable=disable, **options
@@ -536,7 +539,7 @@ def _work(run, todo, job, model, where, pairs, files, summary, progress, strict)
             for task, result in workers.wait():
                 claim = claims.pop(task)
                 try:
-                    if isinstance(result, LostWorker) and attempts[task] + 1 < ATTEMPTS:
+                    if isinstance(result, LostWorkerError) and attempts[task] + 1 < ATTEMPTS:
                         attempts[task] += 1
                         queue.insert(0, task)
                     elif isinstance(result, Exception):

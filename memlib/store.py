@@ -353,16 +353,9 @@ class Run:
                 keys.append(key)
                 if keep and (old := self._get(key)) is not None:
                     (staging / key).write_bytes(old)
-            index = [
-                [p]
-                if d == "prompt"
-                else list(task.seeds)
-                if d in ("seed", "seed_")
-                else slice(None)
-                for d in dims
-            ]
+            at = {"prompt": [p], "seed": list(task.seeds), "seed_": list(task.seeds)}
             try:
-                array.oindex[tuple(index)] = value.values[None]
+                array.oindex[tuple(at.get(d, slice(None)) for d in dims)] = value.values[None]
             except (RuntimeError, ValueError):
                 if not keep:
                     raise
@@ -379,7 +372,8 @@ class Run:
             return
         values = np.moveaxis(values, dims.index("seed"), 0)
         for s, number in enumerate(seeds):
-            yield _sha(owner + str(self.plan["seeds"][number]).encode(), values[s])
+            seed = str(self.plan["seeds"][number]).encode()
+            yield _sha(owner + seed, np.asarray(values[s]))
 
     def state(self, p: int, task: Task, group: zarr.Group | None = None) -> str:
         """``done``, ``missing``, or what is wrong with the piece of prompt number `p`."""
