@@ -53,7 +53,7 @@ def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **
     if "seeds" in settings:
         settings["seeds"] = list(settings["seeds"])  # the key must not use up a generator
     agreed, values = identity(function, unwrapped(model), pairs, settings)
-    rows, seeds = prompt_rows(pairs), values.get("seeds", [])
+    rows, seeds = prompt_rows(pairs), [int(s) for s in values.get("seeds", [])]
     own, shared, where = _names(function, agreed, [rows, seeds], model)
     folder = cache_folder() / f"{own}-{where}"
     folder.parent.mkdir(parents=True, exist_ok=True)

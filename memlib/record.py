@@ -21,11 +21,10 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from tqdm import tqdm
 
 from memlib.answers import unwrapped
 from memlib.errors import first_line, nearest
-from memlib.sample import guidance_values, reverse_trace, score
+from memlib.sample import guidance_values, progress_bar, reverse_trace, score
 from memlib.store import Run, Task, prompt_rows
 
 ENGINES = ("local", "ray")
@@ -377,17 +376,11 @@ def _engine(job: Job, model, engine: str, workers: int | None, address: str | No
 class _Progress:
     """A bar on a terminal; elsewhere a line now and then, or nothing."""
 
-    def __init__(self, total: int, done: int, name: str, how: bool | str):
-        file = os.environ.get("MEMLIB_PROGRESS") if how else None
-        self.lines = how == "lines" and not sys.stderr.isatty() and not file
-        options = {"file": Path(file).open("w"), "ncols": 70} if file else {}
-        disable = False if file else None if how and not self.lines else True
-        self.bar = tqdm(
-            total=total, initial=done, desc=name, unit="image", disable=disable, **options
-        )
-        self.total, self.done, self.first = total, done, done
+    def __init__(self, total: int, name: str, how: bool | str):
+        self.bar = progress_bar(total, name, bool(how))
+        self.lines = how == "lines" and self.bar.disable
+        self.total, self.done, self.failed = total, 0, 0
         self.begun = self.said = time.monotonic()
-        self.failed = 0
 
     def update(self, images: int, failed: int = 0) -> None:
         self.done += images
@@ -398,7 +391,7 @@ class _Progress:
         now = time.monotonic()
         if self.lines and (now - self.said > 30 or self.done >= self.total):
             self.said = now
-            rate = (self.done - self.first) / (now - self.begun + 1e-9)
+            rate = self.done / (now - self.begun + 1e-9)
             left = (self.total - self.done) / rate if rate else float("nan")
             text = f"{self.done} of {self.total} images, {rate:.2f} a second, {left:.0f} s left"
             text += f", {self.failed} failed" if self.failed else ""
@@ -514,7 +507,7 @@ def _work(run, todo, job, model, where, pairs, files, summary, progress, strict)
     size = {task: len(task.prompts) * max(1, len(task.seeds)) for task in todo}
     if not todo:
         return
-    bar = _Progress(sum(size.values()), 0, job.function.__name__.split("_")[0], progress)
+    bar = _Progress(sum(size.values()), job.function.__name__.split("_")[0], progress)
     queue, claims, attempts = list(todo), {}, dict.fromkeys(todo, 0)
     workers = _engine(job, model, *where)
     try:

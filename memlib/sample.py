@@ -279,7 +279,7 @@ def reverse_trace(
         decoded = None if pictures is None else model.decode(kept["x_t"][-1])
         return gram, kept["x_t"], decoded, again
 
-    with _bar(len(work), f"sample {sampler}", progress) as bar:
+    with progress_bar(len(work), f"sample {sampler}", progress) as bar:
         for batch, (gram, x_t, decoded, again) in _batches(work, batch_size, record):
             for n, (p, s) in enumerate(batch):
                 grams[p, s], rescued[p, s] = gram[n], again
@@ -368,7 +368,7 @@ def forward_trace(
     )
     grams = np.full((len(pairs), draws, len(levels), len(VECTORS), len(VECTORS)), np.nan)
     rows = [(d, i) for d in range(draws) for i in range(len(levels))]
-    with _bar(len(pairs) * len(rows), "forward", progress) as bar:
+    with progress_bar(len(pairs) * len(rows), "forward", progress) as bar:
         for p, caption in enumerate(pairs.caption):
             cond, uncond = model.encode_text([caption])
 
@@ -415,7 +415,7 @@ def _not_finite(model) -> str:
     return f"the predictions of {model.source} are not finite in {model.precision}{advice}"
 
 
-def _bar(total: int, name: str, progress: bool) -> tqdm:
+def progress_bar(total: int, name: str, progress: bool) -> tqdm:
     """A progress bar on a terminal, nothing elsewhere.
 
     A kernel has no terminal: the book's driver names a file and shows what is written there.
