@@ -268,10 +268,9 @@ class Run:
             files = sorted(files, key=lambda f: (f.name == ".zmetadata", f.name[0] == "."))
             keys = [f.relative_to(staging / "header").as_posix() for f in files]
             plan["header"] = {k: sha256(staging / "header" / k) for k in keys}
-            text = json.dumps({"sha256": _digest(_dump(plan)), "plan": plan})
             for name in (COPY, PLAN):
-                (staging / name).write_text(text)
-            self._publish(staging, [n for n in (COPY, PLAN) if self._get(n) != text.encode()])
+                (staging / name).write_bytes(_plan_file(plan))
+            self._publish(staging, [n for n in (COPY, PLAN) if self._get(n) != _plan_file(plan)])
             self._publish(staging / "header", [k for k in keys if self._damage(k, plan)])
 
     def _damage(self, key: str, plan: dict) -> str | None:
@@ -327,11 +326,11 @@ class Run:
                     "back and run the same command again, and only what is missing is recorded"
                 )
             with self._locked(), self._apart() as staging:
-                keys = self._write_piece(staging, task, p, piece, keep=True)
+                keys = self._write_piece(staging, task, p, piece)
                 self._publish(staging, sorted(keys, key=lambda k: k.startswith("sha256/")))
 
-    def _write_piece(self, staging: Path, task: Task, p: int, piece: xr.Dataset, keep: bool):
-        """Zarr files of one piece; `keep` what other pieces have in the same files."""
+    def _write_piece(self, staging: Path, task: Task, p: int, piece: xr.Dataset) -> list[str]:
+        """Zarr files of one piece, and of what other pieces have in the same files."""
         parts = json.loads(self._get("sha256/.zattrs"))["parts"]
         piece = piece[parts].reset_coords(drop=True)
         sums = np.zeros((max(1, len(task.seeds)), len(piece), 32), np.uint8)
@@ -351,16 +350,11 @@ class Run:
             dims = ("prompt", *value.dims)
             for key in _touched(name, array, dims, p, task.seeds):
                 keys.append(key)
-                if keep and (old := self._get(key)) is not None:
+                old = self._get(key)
+                if old is not None and _decodes(old):  # else its neighbours are redone, too
                     (staging / key).write_bytes(old)
             at = {"prompt": [p], "seed": list(task.seeds), "seed_": list(task.seeds)}
-            try:
-                array.oindex[tuple(at.get(d, slice(None)) for d in dims)] = value.values[None]
-            except (RuntimeError, ValueError):
-                if not keep:
-                    raise
-                # Its neighbours in the file are damaged: they are redone, too.
-                return self._write_piece(staging, task, p, piece, keep=False)
+            array.oindex[tuple(at.get(d, slice(None)) for d in dims)] = value.values[None]
         return [key for key in keys if (staging / key).is_file()]
 
     def _digests(self, p: int, seeds: tuple[int, ...], name: str, value) -> Iterator[bytes]:
@@ -413,10 +407,8 @@ class Run:
         if plan is None:
             raise StoreError(f"{self.address}: there is no run here (no plan.json)")
         for name in (PLAN, COPY):
-            with contextlib.suppress(TypeError, ValueError, KeyError):
-                if json.loads(self._get(name))["plan"] == plan:
-                    continue
-            report.header.append(f"{name} is damaged or missing; its copy is whole")
+            if self._get(name) != _plan_file(plan):
+                report.header.append(f"{name} is damaged or missing; its copy is whole")
         for key in plan["header"]:
             if wrong := self._damage(key, plan):
                 report.header.append(f"{key} {wrong}")
@@ -494,6 +486,10 @@ def _dump(value) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+def _plan_file(plan: dict) -> bytes:
+    return json.dumps({"sha256": _digest(_dump(plan)), "plan": plan}).encode()
+
+
 def _digest(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
@@ -502,6 +498,13 @@ def _sha(owner: bytes, values: np.ndarray) -> bytes:
     total = hashlib.sha256(owner)
     total.update(np.ascontiguousarray(values).tobytes())
     return total.digest()
+
+
+def _decodes(chunk: bytes) -> bool:
+    try:
+        return bool(COMPRESSOR.decode(chunk))
+    except RuntimeError:
+        return False
 
 
 def _spell(seeds: list[int]) -> str:
