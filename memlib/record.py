@@ -460,6 +460,8 @@ def record(
     if "seeds" in settings:
         settings["seeds"] = list(settings["seeds"])  # a generator is used up once
     agreed, values = identity(function, kernel, pairs, settings)
+    if pairs.empty:
+        raise ValueError("there are no prompts to record")
     pairs = pairs.reset_index(drop=True)
     rows = prompt_rows(pairs)
     seeds = [int(s) for s in values.get("seeds", [])]
@@ -477,8 +479,8 @@ def record(
         todo: dict[Task, list[int]] = {}
         for task, p, state in run.check(tasks):
             if state == "done":
-                summary.skipped += 1
-            else:
+                summary.skipped += p in files
+            elif p in files:
                 todo.setdefault(task, []).append(p)
         for task in todo:
             _needs(task, files, run.plan)
@@ -519,11 +521,12 @@ def _work(run, todo, job, model, where, pairs, files, summary, progress, strict)
                 if claim is None:  # another process is at it
                     continue
                 queue.remove(task)
-                todo[task] = [p for _, p, state in run.check([task])
-                              if state != "done" and p in todo[task]]  # fmt: skip
-                if not todo[task]:  # which has done it meanwhile
+                wanted = todo[task]
+                left = {p for _, p, state in run.check([task]) if state != "done"}
+                todo[task] = [p for p in wanted if p in left]
+                summary.skipped += len(wanted) - len(todo[task])
+                if not todo[task]:  # another process has done it meanwhile
                     claim.release()
-                    summary.skipped += len(task.prompts)
                     bar.update(size[task])
                     continue
                 claims[task] = claim

@@ -192,6 +192,13 @@ class Run:
             lock.release()
         shutil.rmtree(marks, ignore_errors=True)
 
+    def _still_here(self) -> None:
+        if not self.fs.exists(f"{self.root}/{PLAN}"):
+            raise StoreError(
+                f"{self.address} has vanished (an unmounted disk, a deleted folder?): put it "
+                "back and run the same command again, and only what is missing is recorded"
+            )
+
     def claim(self, task: Task) -> FileLock | contextlib.nullcontext | None:
         """The right to record a task, given up by `release`; None while another process has it."""
         if not self.local:
@@ -199,6 +206,7 @@ class Run:
         lock = FileLock(self.folder / ".work" / f"{task.number}.claim")
         try:
             with self._writing(Timeout):
+                self._still_here()  # a lock would make the folder anew
                 lock.acquire(timeout=0)
         except Timeout:
             return None
@@ -256,7 +264,7 @@ class Run:
                         stacklevel=2,
                     )
                 plan["versions"].append(versions)
-            _extend(self.address, plan, rows, seeds, batch_size)
+            _extend(self, plan, rows, seeds, batch_size)
             self._write_header(plan, template)
             self.plan = plan
 
@@ -301,6 +309,8 @@ class Run:
             return False
         if plan is None or plan["identity"] != identity:
             return False
+        if any(self._damage(key, plan) for key in plan["header"]):
+            return False
         places = {_dump(row): n for n, row in enumerate(plan["prompts"])}
         wanted = {places.get(_dump(row)) for row in rows}
         if None in wanted or not set(seeds) <= set(plan["seeds"]):
@@ -315,16 +325,15 @@ class Run:
     # --- pieces ---------------------------------------------------------------------------------
 
     def _group(self) -> zarr.Group:
-        return zarr.open_group(self.address, mode="r", use_consolidated=False)
+        try:
+            return zarr.open_group(self.address, mode="r", use_consolidated=False)
+        except OSError as error:
+            raise StoreError(f"{self.address} cannot be read: {first_line(error)}") from error
 
     def put(self, task: Task, p: int, piece: xr.Dataset) -> None:
         """Write the piece of prompt number `p`: apart, then into place, its checksums last."""
         with self._writing():
-            if not self.fs.exists(f"{self.root}/{PLAN}"):
-                raise StoreError(
-                    f"{self.address} has vanished (an unmounted disk, a deleted folder?): put it "
-                    "back and run the same command again, and only what is missing is recorded"
-                )
+            self._still_here()
             with self._locked(), self._apart() as staging:
                 keys = self._write_piece(staging, task, p, piece)
                 self._publish(staging, sorted(keys, key=lambda k: k.startswith("sha256/")))
@@ -523,7 +532,7 @@ def _check_identity(address: str, old: dict, new: dict) -> None:
             )
 
 
-def _extend(address: str, plan: dict, rows: list[dict], seeds: list[int], batch_size) -> None:
+def _extend(run: Run, plan: dict, rows: list[dict], seeds: list[int], batch_size) -> None:
     """Add what is asked for and not planned, as tasks of about `batch_size` images each."""
     places = {row["prompt_id"]: n for n, row in enumerate(plan["prompts"])}
     for row in rows:
@@ -531,12 +540,14 @@ def _extend(address: str, plan: dict, rows: list[dict], seeds: list[int], batch_
         if known is None:
             places[row["prompt_id"]] = len(plan["prompts"])
             plan["prompts"].append(row)
-        elif _dump(plan["prompts"][known]) != _dump(row):
-            old = plan["prompts"][known]
+        elif _dump(old := plan["prompts"][known]) != _dump(row):
+            if not any(key.startswith(f"sha256/{known}.") for key in run._keys()):
+                plan["prompts"][known] = row  # nothing is recorded: an image was mended, say
+                continue
             name = next(c for c in {**old, **row} if old.get(c) != row.get(c))
             raise StoreError(
-                f"{address} has prompt {row['prompt_id']} with another {name}: give the new one "
-                "a prompt_id of its own, or record into another address"
+                f"{run.address} has prompt {row['prompt_id']} with another {name}: give the new "
+                "one a prompt_id of its own, or record into another address"
             )
     plan["seeds"] += [s for s in seeds if s not in plan["seeds"]]
     columns = [plan["seeds"].index(s) for s in seeds]
