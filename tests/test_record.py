@@ -17,8 +17,7 @@ from test_store import one_line, same
 import memlib
 from memlib import cli
 from memlib.models import ModelError
-from memlib.record import Here, Processes
-from memlib.store import Run
+from memlib.record import Here, LostWorkerError, OnRay, Processes
 
 record = sys.modules["memlib.record"]  # the name of the package's function, too
 SEEDS, PROMPTS = 4, 6
@@ -337,25 +336,31 @@ def test_a_ray_cluster_that_loses_a_node(ray, lab, pairs, whole, tmp_path, monke
     """Two nodes; one is lost with a task in hand; bit by bit as from one process."""
     from ray.cluster_utils import Cluster
 
-    put, seen = Run.put, []
+    submit, wait, lost = OnRay.submit, OnRay.wait, []
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         node = cluster.add_node(num_cpus=1)
 
-        def lose(*arguments):
-            put(*arguments)
-            seen.append(len(ray.nodes()))
-            if len(seen) == 2:
+        def lose(self, *arguments):
+            submit(self, *arguments)
+            if len(self.busy) == 2 and node in cluster.list_all_nodes():  # one is there
                 cluster.remove_node(node)
 
-        monkeypatch.setattr(Run, "put", lose)
+        def note(self):
+            for task, result in wait(self):
+                if isinstance(result, Exception):
+                    lost.append(result)
+                yield task, result
+
+        monkeypatch.setattr(OnRay, "submit", lose)
+        monkeypatch.setattr(OnRay, "wait", note)
         summary = memlib.record(
             model=lab, pairs=pairs, address=tmp_path / "run", engine="ray",
             ray_address=cluster.address, **SMALL,
         )  # fmt: skip
     finally:
         cluster.shutdown()
-    assert seen[0] == 2
+    assert [type(error) for error in lost] == [LostWorkerError]
     assert (summary.done, summary.failed) == (PROMPTS, {})
     same(tmp_path / "run", whole)
 
