@@ -100,7 +100,13 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
     _, alpha_bar = state_levels(scheduler)
     stochastic = type(scheduler).__name__ == "DDPMScheduler"
     keep, fresh = ddpm_noise_coefficients(alpha_bar) if stochastic else (None, None)
-    states, noises, unconds, conds = [x], [torch.zeros_like(x)], [], []
+    # The trajectory is written into its place: a list that is stacked needs twice the memory.
+    kept = {
+        name: x.new_empty((len(alpha_bar) - 1, *x.shape)) for name in ("eps_uncond", "eps_cond")
+    }
+    kept["x_t"] = x.new_empty((len(alpha_bar), *x.shape))
+    kept["noise"] = torch.zeros_like(kept["x_t"] if stochastic else x).expand_as(kept["x_t"])
+    kept["x_t"][0] = x
     for i, t in enumerate(scheduler.timesteps):
         if unguided:
             out_uncond, out_cond = model.predict(x, t, uncond), model.predict(x, t, cond)
@@ -108,20 +114,17 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
         else:
             out_uncond, out_cond = model.predict(torch.cat([x, x]), t, both).chunk(2)
             out = out_uncond + guidance[i] * (out_cond - out_uncond)
-        unconds.append(model.to_epsilon(out_uncond, x, alpha_bar[i]))
-        conds.append(model.to_epsilon(out_cond, x, alpha_bar[i]))
+        kept["eps_uncond"][i] = model.to_epsilon(out_uncond, x, alpha_bar[i])
+        kept["eps_cond"][i] = model.to_epsilon(out_cond, x, alpha_bar[i])
         if stochastic:
             with _overheard(scheduling_ddpm) as drawn:
                 x = scheduler.step(out, t, x, generator=generators).prev_sample
-            noises.append(float(keep[i]) * noises[-1])
+            kept["noise"][i + 1] = float(keep[i]) * kept["noise"][i]
             if drawn:  # a step at timestep 0 draws none
-                noises[-1] = noises[-1] + float(fresh[i]) * drawn[0]
+                kept["noise"][i + 1] += float(fresh[i]) * drawn[0]
         else:
-            noises.append(noises[-1])
             x = scheduler.step(out, t, x).prev_sample
-        states.append(x)
-    kept = {"x_t": states, "noise": noises, "eps_uncond": unconds, "eps_cond": conds}
-    kept = {name: torch.stack(tensors) for name, tensors in kept.items()}
+        kept["x_t"][i + 1] = x
     if not all(torch.isfinite(tensor).all() for tensor in kept.values()):
         raise FloatingPointError(_not_finite(model))
     return kept
