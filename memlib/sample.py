@@ -148,26 +148,29 @@ def _rescued(model, function: Callable):
 def _contract(kept: dict, x_0: torch.Tensor) -> np.ndarray:
     """Gram matrices [image, state, vec, vec_] of a batch; `x_0` is [image, ...]."""
     states, images = kept["x_t"].shape[:2]
+    x = kept["x_t"].flatten(2)
+    # One image at a time, in place: float64 copies of a batch would be the most memory of all.
+    vectors = x.new_empty((states, len(VECTORS), x.shape[-1]), dtype=torch.float64)
+    column = {name: vectors[:, n] for n, name in enumerate(VECTORS)}
     grams = []
     for n in range(images):
-        flat = {name: tensor[:, n].flatten(1) for name, tensor in kept.items()}
-        gap = torch.full_like(flat["x_t"][:1], torch.nan)  # no prediction at the last state
-        fixed = {"x_0": x_0[n], "x_T": kept["x_t"][0, n], "x_gen": kept["x_t"][-1, n]}
-        columns = {
-            "x_t": flat["x_t"],
-            "eps_uncond": torch.cat([flat["eps_uncond"], gap]),
-            "eps_cond": torch.cat([flat["eps_cond"], gap]),
-            "noise": flat["noise"],
-            **{k: v.flatten()[None].to(gap.device).expand(states, -1) for k, v in fixed.items()},
-        }
-        grams.append(gram_matrix(torch.stack([columns[v].double() for v in VECTORS], 1)))
+        fixed = {"x_0": x_0[n].flatten().to(x.device), "x_T": x[0, n], "x_gen": x[-1, n]}
+        for name, value in (
+            fixed | {"x_t": x[:, n], "noise": kept["noise"][:, n].flatten(1)}
+        ).items():
+            column[name][:] = value
+        for name in ("eps_uncond", "eps_cond"):
+            column[name][:-1] = kept[name][:, n].flatten(1)
+            column[name][-1] = torch.nan  # no prediction at the last state
+        grams.append(gram_matrix(vectors))
     return torch.stack(grams).cpu().numpy()
 
 
 def _pair_distances(x: torch.Tensor) -> np.ndarray:
     """Distances between the seeds of one prompt, [state, seed, seed_]; x is [state, seed, ...]."""
-    flat = x.flatten(2).double()
-    return torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy()
+    mode = "donot_use_mm_for_euclid_dist"
+    states = (state.double() for state in x.flatten(2))
+    return torch.stack([torch.cdist(s, s, compute_mode=mode) for s in states]).cpu().numpy()
 
 
 def _targets(model, pairs: pd.DataFrame) -> torch.Tensor:
@@ -286,13 +289,14 @@ def reverse_trace(
         for batch, (gram, x_t, decoded, again) in _batches(work, batch_size, record):
             for n, (p, s) in enumerate(batch):
                 grams[p, s], rescued[p, s] = gram[n], again
-                waiting.append(x_t[:, n].to("cpu", copy=True))
+                waiting.append(x_t[:, n].cpu())
                 if s == len(seeds) - 1:
                     distances[p] = _pair_distances(torch.stack(waiting, 1))
                     waiting.clear()
                 if pictures is not None:
                     pictures[p, s] = decoded[n]
             bar.update(len(batch))
+            del gram, x_t, decoded  # not beside those of the next batch
     trace = xr.Dataset(
         {
             "gram": (("prompt", "seed", "step", "vec", "vec_"), grams),
