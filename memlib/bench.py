@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import memlib
 from memlib import claims, cost
+from memlib.answers import unwrapped
 from memlib.gram import VECTORS
 from memlib.record import Job, Processes, cores, identity
 from memlib.sample import _contract, _pair_distances, reverse_trace
@@ -101,12 +102,9 @@ class Workload:
     """A model, prompts and seeds, and the ways to sample them."""
 
     def __init__(self, model: str, prompts: int, seeds: int = 10, steps: int = 50):
-        from diffusers import StableDiffusionPipeline
-        from diffusers.utils import logging
+        self.model = unwrapped(memlib.load(model))
+        from diffusers import StableDiffusionPipeline  # loaded by now, and quiet
 
-        logging.disable_progress_bar()
-        self.model = memlib.load(model)
-        self.model = getattr(self.model, "model", self.model)
         # A pipeline of its own, so that nothing of ours is switched on in it.
         parts = {**self.model.pipe.components, "scheduler": self.model.pipe.scheduler}
         self.pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
@@ -405,8 +403,7 @@ def network(model: str, rounds: int) -> dict:
     """Operations a second: the lab's U-Net, and one of Stable Diffusion's size, random weights."""
     from diffusers import UNet2DConditionModel
 
-    lab = memlib.load(model)
-    lab = getattr(lab, "model", lab)
+    lab = unwrapped(memlib.load(model))
     side, options = cost.UNETS["sd14"]
     large = UNet2DConditionModel(sample_size=side, **options).eval().to(lab.device)
     cases = {
