@@ -234,7 +234,7 @@ def recording(model: str, rounds: int) -> dict:
 
 def everything(model: str, rounds: int) -> dict:
     """A run on disk against keeping every vector on disk: time, memory, bytes, numbers."""
-    load = Workload(model, prompts=16)
+    load = Workload(model, prompts=8)
     ways = {w: partial(getattr(load, w), "ddim") for w in ("recorded", "everything")}
     found: dict = {"sampling": ratio(alternate(ways, rounds, "keep"), "recorded", "everything")}
     run, folder = load.recorded("ddim"), load.everything("ddim")
@@ -272,8 +272,8 @@ def _analyses(load: Workload, run: Path, folder: Path, rounds: int, targets=None
     return found | {"prompts": prompts, "largest difference": float(gap.max())}
 
 
-def _at_sd_size(load: Workload, rounds: int, prompts: int = 12) -> dict:
-    """Both analyses on random vectors of Stable Diffusion's size; no network is run."""
+def _at_sd_size(load: Workload, rounds: int, prompts: int = 32) -> dict:
+    """Both analyses on random vectors of Stable Diffusion's size (3 GB); no network is run."""
     shape, folder, targets = (4, 64, 64), load.folder / "sd", []
     folder.mkdir()
     random, count = torch.Generator().manual_seed(0), len(load.seeds)
