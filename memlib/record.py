@@ -7,6 +7,8 @@ import inspect
 import json
 import multiprocessing
 import os
+import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
@@ -129,9 +132,8 @@ class Here:
 
 def _serve(connection, job: Job) -> None:
     """A worker process: tasks in, traces out, until the other end is closed."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     sending = threading.Lock()
 
     def answer(number: int, result) -> None:
@@ -167,19 +169,20 @@ class Processes:
 
     def __init__(self, jobs: list[Job]):
         self.context = multiprocessing.get_context("spawn")
+        self.depth = 2  # one more each, so that none waits for the next
         self.workers = [self._start(job) for job in jobs]
 
     def _start(self, job: Job) -> dict:
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=_serve, args=(theirs, job), daemon=True)
-        with _environment(OMP_NUM_THREADS=job.threads, MEMLIB_PROGRESS=None):
+        with _environment(OMP_NUM_THREADS=job.threads, MEMLIB_PROGRESS=None), _deaf():
             process.start()
         theirs.close()
         return {"job": job, "process": process, "connection": ours, "tasks": {}}
 
     def room(self, left: int) -> bool:
-        # One more each, so that none waits for the next; not at the end, where some would idle.
-        depth = 2 if left > len(self.workers) else 1
+        # not at the end, where some would idle
+        depth = self.depth if left > len(self.workers) else 1
         return any(len(worker["tasks"]) < depth for worker in self.workers)
 
     def submit(self, task: Task, rows: pd.DataFrame, seeds: list[int]) -> None:
@@ -197,6 +200,7 @@ class Processes:
                 number, result = connection.recv()
             except (EOFError, OSError):
                 worker["process"].join()
+                self.depth = 1  # from now on it is plain which task a worker died of
                 self.workers[n] = self._start(worker["job"])
                 for task in worker["tasks"].values():
                     yield (
@@ -230,10 +234,12 @@ class OnRay:
         except ImportError as error:
             raise ImportError("engine 'ray' needs Ray: pip install 'memlib[cluster]'") from error
         self.ray, self.job = ray, job
-        if not ray.is_initialized():
+        self.own = not ray.is_initialized()
+        if self.own:
             try:
+                _reach(address)
                 ray.init(address=address, log_to_driver=False, logging_level="error")
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise ValueError(f"no Ray cluster at {address}: {first_line(error)}") from error
         gpu = (job.recipe["device"] or "cuda").startswith("cuda") and torch.cuda.is_available()
         has = ray.cluster_resources()
@@ -269,6 +275,9 @@ class OnRay:
             try:
                 result = self.ray.get(ref)
             except RayActorError as error:
+                if error.actor_init_failed:
+                    why = str(error).strip().splitlines()[-1]
+                    raise ValueError(f"a node of the cluster starts no worker: {why}") from error
                 self._begin()
                 result, actor = LostWorkerError(first_line(error)), None
             except RayTaskError as error:
@@ -284,6 +293,15 @@ class OnRay:
         actors = [*self.idle, *self.starting.values(), *(a for _, a in self.busy.values())]
         for actor in actors:
             self.ray.kill(actor)
+        if self.own:
+            self.ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Fail at once where nothing listens: Ray would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 class _Actor:
@@ -291,11 +309,10 @@ class _Actor:
         import pickle
 
         self.job: Job = pickle.loads(job)
-        self.model = self.job.load()
         self.device = threading.Lock()
 
     def ready(self) -> None:
-        return None
+        self.model = self.job.load()
 
     def run(self, rows: pd.DataFrame, images: list[bytes], seeds: list[int], batch_size):
         with tempfile.TemporaryDirectory() as folder:
@@ -308,6 +325,20 @@ class _Actor:
             with self.device:
                 trace = self.job.sample(self.model, rows, seeds, batch_size)
             return self.job.score(trace, rows)
+
+
+@contextlib.contextmanager
+def _deaf():
+    """Ctrl-C does not reach the processes that are started within, nor this one until the end."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # or it would be started within, and let Ctrl-C in
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -460,6 +491,8 @@ def record(
     if "seeds" in settings:
         settings["seeds"] = list(settings["seeds"])  # a generator is used up once
     agreed, values = identity(function, kernel, pairs, settings)
+    if pairs.empty:
+        raise ValueError("there are no prompts to record")
     pairs = pairs.reset_index(drop=True)
     rows = prompt_rows(pairs)
     seeds = [int(s) for s in values.get("seeds", [])]
@@ -477,8 +510,8 @@ def record(
         todo: dict[Task, list[int]] = {}
         for task, p, state in run.check(tasks):
             if state == "done":
-                summary.skipped += 1
-            else:
+                summary.skipped += p in files
+            elif p in files:
                 todo.setdefault(task, []).append(p)
         for task in todo:
             _needs(task, files, run.plan)
@@ -519,11 +552,12 @@ def _work(run, todo, job, model, where, pairs, files, summary, progress, strict)
                 if claim is None:  # another process is at it
                     continue
                 queue.remove(task)
-                todo[task] = [p for _, p, state in run.check([task])
-                              if state != "done" and p in todo[task]]  # fmt: skip
-                if not todo[task]:  # which has done it meanwhile
+                wanted = todo[task]
+                left = {p for _, p, state in run.check([task]) if state != "done"}
+                todo[task] = [p for p in wanted if p in left]
+                summary.skipped += len(wanted) - len(todo[task])
+                if not todo[task]:  # another process has done it meanwhile
                     claim.release()
-                    summary.skipped += len(task.prompts)
                     bar.update(size[task])
                     continue
                 claims[task] = claim

@@ -192,6 +192,13 @@ class Run:
             lock.release()
         shutil.rmtree(marks, ignore_errors=True)
 
+    def _still_here(self) -> None:
+        if not self.fs.exists(f"{self.root}/{PLAN}"):
+            raise StoreError(
+                f"{self.address} has vanished (an unmounted disk, a deleted folder?): put it "
+                "back and run the same command again, and only what is missing is recorded"
+            )
+
     def claim(self, task: Task) -> FileLock | contextlib.nullcontext | None:
         """The right to record a task, given up by `release`; None while another process has it."""
         if not self.local:
@@ -199,6 +206,7 @@ class Run:
         lock = FileLock(self.folder / ".work" / f"{task.number}.claim")
         try:
             with self._writing(Timeout):
+                self._still_here()  # a lock would make the folder anew
                 lock.acquire(timeout=0)
         except Timeout:
             return None
@@ -256,7 +264,7 @@ class Run:
                         stacklevel=2,
                     )
                 plan["versions"].append(versions)
-            _extend(self.address, plan, rows, seeds, batch_size)
+            _extend(self, plan, rows, seeds, batch_size)
             self._write_header(plan, template)
             self.plan = plan
 
@@ -268,10 +276,9 @@ class Run:
             files = sorted(files, key=lambda f: (f.name == ".zmetadata", f.name[0] == "."))
             keys = [f.relative_to(staging / "header").as_posix() for f in files]
             plan["header"] = {k: sha256(staging / "header" / k) for k in keys}
-            text = json.dumps({"sha256": _digest(_dump(plan)), "plan": plan})
             for name in (COPY, PLAN):
-                (staging / name).write_text(text)
-            self._publish(staging, [n for n in (COPY, PLAN) if self._get(n) != text.encode()])
+                (staging / name).write_bytes(_plan_file(plan))
+            self._publish(staging, [n for n in (COPY, PLAN) if self._get(n) != _plan_file(plan)])
             self._publish(staging / "header", [k for k in keys if self._damage(k, plan)])
 
     def _damage(self, key: str, plan: dict) -> str | None:
@@ -302,6 +309,8 @@ class Run:
             return False
         if plan is None or plan["identity"] != identity:
             return False
+        if any(self._damage(key, plan) for key in plan["header"]):
+            return False
         places = {_dump(row): n for n, row in enumerate(plan["prompts"])}
         wanted = {places.get(_dump(row)) for row in rows}
         if None in wanted or not set(seeds) <= set(plan["seeds"]):
@@ -316,22 +325,21 @@ class Run:
     # --- pieces ---------------------------------------------------------------------------------
 
     def _group(self) -> zarr.Group:
-        return zarr.open_group(self.address, mode="r", use_consolidated=False)
+        try:
+            return zarr.open_group(self.address, mode="r", use_consolidated=False)
+        except OSError as error:
+            raise StoreError(f"{self.address} cannot be read: {first_line(error)}") from error
 
     def put(self, task: Task, p: int, piece: xr.Dataset) -> None:
         """Write the piece of prompt number `p`: apart, then into place, its checksums last."""
         with self._writing():
-            if not self.fs.exists(f"{self.root}/{PLAN}"):
-                raise StoreError(
-                    f"{self.address} has vanished (an unmounted disk, a deleted folder?): put it "
-                    "back and run the same command again, and only what is missing is recorded"
-                )
+            self._still_here()
             with self._locked(), self._apart() as staging:
-                keys = self._write_piece(staging, task, p, piece, keep=True)
+                keys = self._write_piece(staging, task, p, piece)
                 self._publish(staging, sorted(keys, key=lambda k: k.startswith("sha256/")))
 
-    def _write_piece(self, staging: Path, task: Task, p: int, piece: xr.Dataset, keep: bool):
-        """Zarr files of one piece; `keep` what other pieces have in the same files."""
+    def _write_piece(self, staging: Path, task: Task, p: int, piece: xr.Dataset) -> list[str]:
+        """Zarr files of one piece, and of what other pieces have in the same files."""
         parts = json.loads(self._get("sha256/.zattrs"))["parts"]
         piece = piece[parts].reset_coords(drop=True)
         sums = np.zeros((max(1, len(task.seeds)), len(piece), 32), np.uint8)
@@ -351,16 +359,11 @@ class Run:
             dims = ("prompt", *value.dims)
             for key in _touched(name, array, dims, p, task.seeds):
                 keys.append(key)
-                if keep and (old := self._get(key)) is not None:
+                old = self._get(key)
+                if old is not None and _decodes(old):  # else its neighbours are redone, too
                     (staging / key).write_bytes(old)
             at = {"prompt": [p], "seed": list(task.seeds), "seed_": list(task.seeds)}
-            try:
-                array.oindex[tuple(at.get(d, slice(None)) for d in dims)] = value.values[None]
-            except (RuntimeError, ValueError):
-                if not keep:
-                    raise
-                # Its neighbours in the file are damaged: they are redone, too.
-                return self._write_piece(staging, task, p, piece, keep=False)
+            array.oindex[tuple(at.get(d, slice(None)) for d in dims)] = value.values[None]
         return [key for key in keys if (staging / key).is_file()]
 
     def _digests(self, p: int, seeds: tuple[int, ...], name: str, value) -> Iterator[bytes]:
@@ -413,10 +416,8 @@ class Run:
         if plan is None:
             raise StoreError(f"{self.address}: there is no run here (no plan.json)")
         for name in (PLAN, COPY):
-            with contextlib.suppress(TypeError, ValueError, KeyError):
-                if json.loads(self._get(name))["plan"] == plan:
-                    continue
-            report.header.append(f"{name} is damaged or missing; its copy is whole")
+            if self._get(name) != _plan_file(plan):
+                report.header.append(f"{name} is damaged or missing; its copy is whole")
         for key in plan["header"]:
             if wrong := self._damage(key, plan):
                 report.header.append(f"{key} {wrong}")
@@ -495,6 +496,10 @@ def _dump(value) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+def _plan_file(plan: dict) -> bytes:
+    return json.dumps({"sha256": _digest(_dump(plan)), "plan": plan}).encode()
+
+
 def _digest(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
@@ -503,6 +508,13 @@ def _sha(owner: bytes, values: np.ndarray) -> bytes:
     total = hashlib.sha256(owner)
     total.update(np.ascontiguousarray(values).tobytes())
     return total.digest()
+
+
+def _decodes(chunk: bytes) -> bool:
+    try:
+        return bool(COMPRESSOR.decode(chunk))
+    except RuntimeError:
+        return False
 
 
 def _spell(seeds: list[int]) -> str:
@@ -521,7 +533,7 @@ def _check_identity(address: str, old: dict, new: dict) -> None:
             )
 
 
-def _extend(address: str, plan: dict, rows: list[dict], seeds: list[int], batch_size) -> None:
+def _extend(run: Run, plan: dict, rows: list[dict], seeds: list[int], batch_size) -> None:
     """Add what is asked for and not planned, as tasks of about `batch_size` images each."""
     places = {row["prompt_id"]: n for n, row in enumerate(plan["prompts"])}
     for row in rows:
@@ -529,12 +541,14 @@ def _extend(address: str, plan: dict, rows: list[dict], seeds: list[int], batch_
         if known is None:
             places[row["prompt_id"]] = len(plan["prompts"])
             plan["prompts"].append(row)
-        elif _dump(plan["prompts"][known]) != _dump(row):
-            old = plan["prompts"][known]
+        elif _dump(old := plan["prompts"][known]) != _dump(row):
+            if not any(key.startswith(f"sha256/{known}.") for key in run._keys()):
+                plan["prompts"][known] = row  # nothing is recorded: an image was mended, say
+                continue
             name = next(c for c in {**old, **row} if old.get(c) != row.get(c))
             raise StoreError(
-                f"{address} has prompt {row['prompt_id']} with another {name}: give the new one "
-                "a prompt_id of its own, or record into another address"
+                f"{run.address} has prompt {row['prompt_id']} with another {name}: give the new "
+                "one a prompt_id of its own, or record into another address"
             )
     plan["seeds"] += [s for s in seeds if s not in plan["seeds"]]
     columns = [plan["seeds"].index(s) for s in seeds]
