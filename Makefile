@@ -26,7 +26,7 @@ test: .venv/installed ## Run all tests
 lab: .venv/installed ## Train the lab model from nothing (resumes after an interruption)
 	@$(BIN)/python -m memlib.lab.train
 
-bench: .venv/installed ## Measure what recording costs against the plain pipeline
+bench: .venv/installed ## Measure what recording costs (half an hour); the chapter Cost and scale shows it
 	@$(BIN)/python -m memlib.bench
 
 lint: .venv/installed ## Check style

@@ -1,75 +1,631 @@
-"""What recording costs: `reverse_trace` against plain `StableDiffusionPipeline`, alternating.
+"""What recording costs, measured side by side: ``make bench``.
 
-    python -m memlib.bench            # or: make bench
+    python -m memlib.bench                              # everything, about twenty minutes
+    python -m memlib.bench --only recording --rounds 3  # a part
 
-Same prompts, seeds, batch, sampler and guidance; severity is not scored, pictures are decoded by
-both. The order of the two changes from round to round, so that a drifting machine favours neither.
+Ways that are compared alternate within one run and change their order from round to round, so
+that a drifting machine favours neither; memory is measured in processes of its own. The results
+go into ``data/bench.json``, which the chapter *Cost and scale* shows.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
+import xarray as xr
 from tqdm import tqdm
 
 import memlib
-from memlib.schedule import SAMPLERS
+from memlib import claims, cost
+from memlib.answers import unwrapped
+from memlib.gram import VECTORS
+from memlib.record import Job, Processes, cores, identity
+from memlib.sample import _contract, _pair_distances, reverse_trace
+from memlib.schedule import SAMPLERS, ddpm_noise_coefficients, make_scheduler, state_levels
+from memlib.store import Run, prompt_rows
+
+RESULTS = Path(__file__).resolve().parents[1] / "data" / "bench.json"
+GRID = dict(prompts=436, seeds=50, steps=50)  # the paper's, for one model, sampler and scale
 
 
-def processor() -> str:
-    """The processor's name, where the system tells it."""
+def machine() -> dict:
+    """The machine and the versions, as far as they can be told."""
+    name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if "model name" in line)
+            name = next(line.split(":")[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        pass
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"processor": name, "cores": cores(), "gpu": gpu, "torch": torch.__version__}
+
+
+def peak(reset: bool = False) -> float:
+    """Megabytes of memory: what this process uses now (`reset`), or the most since then."""
+    if reset:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+    wanted = "VmRSS" if reset else "VmHWM"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(wanted)).split()[1]) / 1024
+
+
+def forget(folder: Path) -> None:
+    """Take a folder's files out of the system's cache, as if they were read another day."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def alternate(
+    ways: dict[str, Callable], rounds: int, name: str, before: Callable = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of every way in every round, after one untimed call of each."""
+    times: dict = {way: [] for way in ways}
+    for function in ways.values():
+        function()
+    for n in tqdm(range(rounds), desc=name, leave=False, disable=None):
+        for way in list(ways) if n % 2 == 0 else reversed(ways):
+            before()
+            start = time.perf_counter()
+            ways[way]()
+            times[way].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: dict, over: str, under: str) -> dict:
+    """Medians of two ways, and the median and range of their ratios round by round."""
+    each = [a / b for a, b in zip(times[over], times[under], strict=True)]
+    medians = {way: statistics.median(times[way]) for way in (over, under)}
+    return {"seconds": medians, "ratio": statistics.median(each), "range": [min(each), max(each)]}
+
+
+class Workload:
+    """A model, prompts and seeds, and the ways to sample them."""
+
+    def __init__(self, model: str, prompts: int, seeds: int = 10, steps: int = 50):
+        self.model = unwrapped(memlib.load(model))
+        from diffusers import StableDiffusionPipeline  # loaded by now, and quiet
+
+        # A pipeline of its own, so that nothing of ours is switched on in it.
+        parts = {**self.model.pipe.components, "scheduler": self.model.pipe.scheduler}
+        self.pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.pairs = memlib.load_pairs("lab").iloc[:prompts]
+        self.seeds, self.steps = range(seeds), steps
+        self.together = max(1, 20 // seeds)  # prompts in a batch of 20
+        self.folder = Path(tempfile.mkdtemp(prefix="memlib-bench-"))
+
+    def batches(self):
+        for n in range(0, len(self.pairs), self.together):
+            captions = [c for c in self.pairs.caption[n : n + self.together] for _ in self.seeds]
+            yield n, captions, [*self.seeds] * (len(captions) // len(self.seeds))
+
+    def plain(self, sampler: str) -> None:
+        """diffusers' own pipeline, its decoder as it comes."""
+        self.pipe.scheduler = SAMPLERS[sampler].from_config(self.model.scheduler_config)
+        self.model.vae.disable_slicing()
+        for _, captions, seeds in self.batches():
+            generators = [torch.Generator().manual_seed(s) for s in seeds]
+            self.pipe(captions, num_inference_steps=self.steps, generator=generators,
+                      output_type="np")  # fmt: skip
+        self.model.vae.enable_slicing()
+
+    def recorded(self, sampler: str) -> Path:
+        """Everything the book needs, in a run on disk."""
+        target = self.folder / "run"
+        shutil.rmtree(target, ignore_errors=True)
+        memlib.record(
+            reverse_trace, self.model, self.pairs, address=target, seeds=self.seeds,
+            sampler=sampler, steps=self.steps, severity=None, batch_size=20, progress=False,
+        )  # fmt: skip
+        return target
+
+    @torch.no_grad()
+    def everything(self, sampler: str) -> Path:
+        """How published code does it: all latents and both predictions, a file for each prompt."""
+        model, target = self.model, self.folder / "everything"
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        model.vae.disable_slicing()
+        for n, captions, seeds in self.batches():
+            scheduler = make_scheduler(model.scheduler_config, sampler, self.steps, model.dtype)
+            generators = [torch.Generator().manual_seed(s) for s in seeds]
+            x = torch.cat([torch.randn(1, *model.latent_shape, generator=g) for g in generators])
+            x = x.to(model.device)
+            cond, uncond = model.encode_text(captions)
+            latents, unconds, conds = [x.cpu()], [], []
+            for t in scheduler.timesteps:
+                eps_uncond, eps_cond = model.predict(
+                    torch.cat([x, x]), t, torch.cat([uncond, cond])
+                ).chunk(2)
+                unconds.append(eps_uncond.cpu())
+                conds.append(eps_cond.cpu())
+                more = {"generator": generators} if sampler == "ddpm" else {}
+                x = scheduler.step(eps_uncond + 7.5 * (eps_cond - eps_uncond), t, x, **more)
+                x = x.prev_sample
+                latents.append(x.cpu())
+            pictures = model.decode(x)
+            kept = {"latents": latents, "eps_uncond": unconds, "eps_cond": conds}
+            kept = {name: torch.stack(value) for name, value in kept.items()}
+            for p in range(len(captions) // len(self.seeds)):
+                mine = slice(p * len(self.seeds), (p + 1) * len(self.seeds))
+                part = {name: value[:, mine].clone() for name, value in kept.items()}
+                part["pictures"] = torch.from_numpy(pictures[mine])
+                torch.save(part, target / f"{n + p}.pt")
+        model.vae.enable_slicing()
+        return target
+
+    def analyse_trace(self, run: Path) -> pd.DataFrame:
+        """D1, D2, cosine and spread of each prompt, from a run."""
+        trace = memlib.open_run(run)
+        table = memlib.deviations(trace)
+        table["cosine"] = memlib.cosine(trace, "eps_cond", "x_0").mean(("seed", "step")).values
+        table["spread"] = memlib.spread(trace)[:, -1].values
+        return table[["D1", "D2", "cosine", "spread"]]
+
+    def analyse_everything(self, folder: Path, targets: list | None = None) -> pd.DataFrame:
+        """The same numbers of DDIM from the vectors, by least squares, a seed at a time.
+
+        `targets` are the training latents; by default they are encoded from the images.
+        """
+        _, alpha_bar = state_levels(make_scheduler(self.model.scheduler_config, "ddim", self.steps))
+        alpha_bar = torch.from_numpy(alpha_bar)
+        rows = []
+        targets = targets or [self.model.encode_images([f])[0] for f in self.pairs.image]
+        for n, x_0 in enumerate(targets):
+            x_0 = x_0.flatten().double().cpu()
+            kept = torch.load(folder / f"{n}.pt", weights_only=True)
+            x = kept["latents"].flatten(2).double()  # state, seed, latent
+            fits = []
+            for s in range(x.shape[1]):
+                basis = torch.stack([x_0, x[0, s]], 1)
+                fits.append(torch.linalg.lstsq(basis, x[1:, s].T).solution)
+            w_0, w_t = torch.stack(fits).mean(0)  # over seeds: each [state]
+            eps = kept["eps_cond"].flatten(2).double()
+            last = torch.cdist(x[-1], x[-1])
+            pairs = len(last) * (len(last) - 1)
+            rows.append({
+                "D1": float((w_0 - alpha_bar[1:].sqrt()).sum()),
+                "D2": float(-(w_t - (1 - alpha_bar[1:]).sqrt()).sum()),
+                "cosine": float((eps @ x_0 / eps.norm(dim=-1) / x_0.norm()).mean()),
+                "spread": float(last.sum() / pairs),
+            })  # fmt: skip
+        return pd.DataFrame(rows)
+
+
+def folder_bytes(folder: Path, without: tuple[str, ...] = ()) -> int:
+    """Bytes of all files, but those under `without`."""
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    return sum(f.stat().st_size for f in files if f.relative_to(folder).parts[0] not in without)
+
+
+# --- the sections -------------------------------------------------------------------------------
+
+
+def recording(model: str, rounds: int) -> dict:
+    """A run on disk against the plain pipeline."""
+    load = Workload(model, prompts=4)
+    found: dict = {"images": len(load.pairs) * len(load.seeds), "steps": load.steps}
+    for sampler in SAMPLERS:
+        ways = {w: partial(getattr(load, w), sampler) for w in ("recorded", "plain")}
+        found[sampler] = ratio(alternate(ways, rounds, sampler), "recorded", "plain")
+    shutil.rmtree(load.folder)
+    return found
+
+
+def everything(model: str, rounds: int) -> dict:
+    """A run on disk against keeping every vector on disk: time, memory, bytes, numbers."""
+    load = Workload(model, prompts=8)
+    ways = {w: partial(getattr(load, w), "ddim") for w in ("recorded", "everything")}
+    found: dict = {"sampling": ratio(alternate(ways, rounds, "keep"), "recorded", "everything")}
+    run, folder = load.recorded("ddim"), load.everything("ddim")
+    found["analysis"] = _analyses(load, run, folder, rounds)
+    totals = [found["sampling"]["seconds"], found["analysis"]["warm"]["seconds"]]
+    whole = {w: sum(t[w] for t in totals) for w in ("recorded", "everything")}
+    found["whole"] = {"seconds": whole, "ratio": whole["recorded"] / whole["everything"]}
+    states = len(load.pairs) * len(load.seeds) * (load.steps + 1)
+    kept = folder_bytes(run, without=("image",)) / states
+    theirs = folder_bytes(folder) / states
+    found["analysis at SD size"] = _at_sd_size(load, rounds)
+    latent = 4 * 64 * 64
+    vectors = 4 * latent * (1 + 2 * load.steps / (load.steps + 1))
+    found["bytes a state"] = {"recorded": kept, "everything": theirs, "at 16,384": vectors}
+    found["bytes ratio at 16,384"] = vectors / kept
+    shutil.rmtree(load.folder)
+    found["peak MB"] = {w: measured("memory", w, model) for w in ("recorded", "everything")}
+    found["peak ratio"] = found["peak MB"]["recorded"] / found["peak MB"]["everything"]
+    return found
+
+
+def _analyses(load: Workload, run: Path, folder: Path, rounds: int, targets=None) -> dict:
+    """Both analyses, from the system's file cache and from disk; they must agree."""
+    ways = {
+        "everything": lambda: load.analyse_everything(folder, targets),
+        "recorded": lambda: load.analyse_trace(run),
+    }
+    cold = partial(lambda *folders: [forget(f) for f in folders], run, folder)
+    found = {}
+    for name, before in (("warm", lambda: None), ("cold", cold)):
+        times = alternate(ways, rounds, name, before)
+        found[name] = ratio(times, "everything", "recorded")
+    gap = (load.analyse_everything(folder, targets) - load.analyse_trace(run)).abs().max()
+    prompts = memlib.open_run(run).sizes["prompt"]
+    return found | {"prompts": prompts, "largest difference": float(gap.max())}
+
+
+def _at_sd_size(load: Workload, rounds: int, prompts: int = 32) -> dict:
+    """Both analyses on random vectors of Stable Diffusion's size (3 GB); no network is run."""
+    shape, folder, targets = (4, 64, 64), load.folder / "sd", []
+    folder.mkdir()
+    random, count = torch.Generator().manual_seed(0), len(load.seeds)
+
+    def piece(template: xr.Dataset, number: int) -> xr.Dataset:
+        kept = {
+            name: torch.randn(states, count, *shape, generator=random)
+            for name, states in (("latents", 51), ("eps_uncond", 50), ("eps_cond", 50))
+        }
+        targets.append(torch.randn(shape, generator=random))
+        torch.save(kept, folder / f"{number}.pt")
+        kept["x_t"] = kept.pop("latents")
+        noise = torch.zeros(1, count, *shape).expand_as(kept["x_t"])
+        gram = _contract(kept | {"noise": noise}, torch.stack([targets[-1]] * count))
+        values = {
+            "gram": (("seed", "step", "vec", "vec_"), gram),
+            "pair_distance": (("step", "seed", "seed_"), _pair_distances(kept["x_t"])),
+            "severity": (("seed",), np.zeros(count)),
+            "rescued": (("seed",), np.zeros(count, np.uint8)),
+        }
+        return xr.Dataset(values)
+
+    run = load.folder / "sd-run"
+    synthetic(run, prompts, count, 50, piece=piece)
+    return _analyses(load, run, folder, rounds, targets)
+
+
+def memory(way: str, model: str, prompts: int = 8, steps: int = 50) -> float:
+    """Megabytes at the peak of one way, sampling and analysis, over the loaded model."""
+    small = Workload(model, prompts=1, seeds=2, steps=2)
+    small.analyse_trace(small.recorded("ddim"))  # imports and first calls are not counted
+    small.analyse_everything(small.everything("ddim"))
+    load = Workload(model, prompts, steps=steps)
+    before = peak(reset=True)
+    if way == "recorded":
+        load.analyse_trace(load.recorded("ddim"))
+    else:
+        load.analyse_everything(load.everything("ddim"))
+    return peak() - before
+
+
+def workers(model: str, rounds: int) -> dict:
+    """Two worker processes of one thread each, against one; their start is timed apart."""
+    load = Workload(model, prompts=16, steps=20)
+    settings = dict(
+        severity=None, sampler="ddim", steps=load.steps, guidance_scale=7.5, images=True
+    )
+    job = Job(reverse_trace, settings, load.model.recipe, threads=1)
+    rows = load.pairs.reset_index(drop=True)
+
+    def tasks(count: int):
+        from memlib.store import Task
+
+        together = [(2 * n, 2 * n + 1) for n in range(count)]
+        return [Task(n, p, tuple(load.seeds), 20) for n, p in enumerate(together)]
+
+    def run(pool: Processes, queue: list) -> float:
+        start, left, queue = time.perf_counter(), len(queue), list(queue)
+        while left:
+            while queue and pool.room(len(queue)):
+                task = queue.pop()
+                pool.submit(task, rows.iloc[list(task.prompts)], list(load.seeds))
+            left -= sum(1 for _ in pool.wait())
+        return time.perf_counter() - start
+
+    times: dict = {1: [], 2: []}
+    started, pools = {}, {}
+    for count in (1, 2):
+        begun = time.perf_counter()
+        pools[count] = Processes([job] * count)
+        run(pools[count], tasks(2))
+        started[count] = time.perf_counter() - begun
+    for n in tqdm(range(rounds), desc="workers", leave=False, disable=None):
+        for count in (1, 2) if n % 2 == 0 else (2, 1):
+            times[count].append(run(pools[count], tasks(8)))
+    for pool in pools.values():
+        pool.close()
+    found = ratio(times, 1, 2)
+    shutil.rmtree(load.folder)
+    return found | {"speed-up": found.pop("ratio"), "first two tasks": started}
+
+
+def scaling(model: str, rounds: int) -> dict:
+    """Seconds and memory against prompts, seeds and steps."""
+    base = dict(prompts=2, seeds=10, steps=10)
+    grid = {"prompts": (2, 4, 8, 16), "seeds": (10, 20, 40), "steps": (5, 10, 20, 40)}
+    settings = {tuple((base | {k: v}).items()) for k, values in grid.items() for v in values}
+    settings = [dict(s) for s in sorted(settings)]
+    seconds: dict = {}
+    for n in tqdm(range(max(2, rounds)), desc="scaling", leave=False, disable=None):
+        for s in settings if n % 2 else settings[::-1]:
+            load = Workload(model, **s)
+            load.recorded("ddim") if n == 0 else None
+            start = time.perf_counter()
+            load.recorded("ddim")
+            seconds.setdefault(tuple(s.items()), []).append(time.perf_counter() - start)
+            shutil.rmtree(load.folder)
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    found: dict = {}
+    for name, values in grid.items():
+        y = [median[tuple((base | {name: v}).items())] for v in values]
+        slope, start = np.polyfit(values, y, 1)
+        worst = max(abs(start + slope * v - t) / t for v, t in zip(values, y, strict=True))
+        found[name] = dict(values=values, seconds=y, slope=slope, intercept=start, worst=worst)
+    # seconds = fixed + pictures x (decode + updates x update): fitted to all, checked on one more
+    rows = [dict(key) | {"seconds": t} for key, t in median.items()]
+    table = pd.DataFrame(rows)
+    pictures = table.prompts * table.seeds
+    design = np.stack([np.ones(len(table)), pictures, pictures * table.steps], 1)
+    weight = 1 / table.seconds.values
+    fit = np.linalg.lstsq(design * weight[:, None], table.seconds * weight)[0]
+    load = Workload(model, prompts=8, seeds=20, steps=30)
+    start = time.perf_counter()
+    load.recorded("ddim")
+    actual = time.perf_counter() - start
+    predicted = float(np.dot(fit, [1, 160, 160 * 30]))
+    found["model"] = dict(zip(("fixed", "picture", "update"), map(float, fit), strict=True))
+    found["check"] = {"predicted": predicted, "measured": actual, "images": 160, "steps": 30}
+    shutil.rmtree(load.folder)
+    found["peak MB by prompts"] = {
+        n: measured("memory", "recorded", model, n, 5) for n in (4, 8, 16, 32)
+    }
+    return found
+
+
+def network(model: str, rounds: int) -> dict:
+    """Operations a second: the lab's U-Net, and one of Stable Diffusion's size, random weights."""
+    from diffusers import UNet2DConditionModel
+
+    lab = unwrapped(memlib.load(model))
+    side, options = cost.UNETS["sd14"]
+    large = UNet2DConditionModel(sample_size=side, **options).eval().to(lab.device)
+    cases = {
+        "lab": (lab.unet, 40, lab.unet.config.cross_attention_dim),
+        "sd14": (large, 2, options["cross_attention_dim"]),
+    }
+    found: dict = {}
+    for name, (unet, batch, width) in cases.items():
+        config = unet.config
+        x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size)
+        text = torch.randn(batch, 77 if name == "sd14" else 16, width)
+        x, text = x.to(lab.device), text.to(lab.device)
+
+        def call(unet=unet, x=x, text=text) -> None:
+            with torch.no_grad():
+                unet(x, torch.tensor(500), encoder_hidden_states=text)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+
+        seconds = statistics.median(alternate({"call": call}, rounds, name)["call"])
+        flops = cost.count_flops(unet, x, text)
+        found[name] = {"batch": batch, "seconds": seconds, "operations": flops,
+                       "rate": flops / seconds}  # fmt: skip
+    return found
+
+
+def synthetic(
+    address: Path,
+    prompts: int,
+    seeds: int,
+    steps: int,
+    sampler: str = "ddim",
+    piece: Callable | None = None,
+) -> None:
+    """A run of invented vectors: as many numbers as a real one, and as hard to compress.
+
+    `piece(template, prompt number)` makes the values of a prompt; by default states follow the
+    schedule towards a mixture of the image and noise of their own.
+    """
+    lab = memlib.load("lab")
+    pairs = memlib.load_pairs("lab").iloc[[0] * prompts].reset_index(drop=True)
+    pairs["prompt_id"] = [f"p{n}" for n in range(prompts)]
+    settings = dict(seeds=range(seeds), steps=steps, images=False, sampler=sampler, severity="ncc")
+    agreed, values = identity(reverse_trace, lab, pairs, settings)
+    template = reverse_trace(lab, pairs.iloc[:0], **settings)
+    run, rng = Run(address), np.random.default_rng(0)
+    piece = piece or (lambda template, _: _invented(template, seeds, sampler, rng))
+    with run.work():
+        run.open_plan(
+            agreed, prompt_rows(pairs), list(range(seeds)), values["batch_size"], template
+        )
+        for task in tqdm(run.tasks(), desc="synthetic", leave=False, disable=None):
+            for p in task.prompts:
+                run.put(task, p, piece(template, p))
+
+
+def _invented(template: xr.Dataset, seeds: int, sampler: str, rng) -> xr.Dataset:
+    states, size = template.sizes["step"], 48
+    alpha_bar = template.alpha_bar.values
+    x_0, x_T = rng.normal(size=size), rng.normal(size=(seeds, 1, size))
+    strength = rng.uniform(0.2, 1.2)
+    fresh = np.zeros((seeds, states, size))
+    if sampler == "ddpm":
+        keep, new = (np.asarray(c) for c in ddpm_noise_coefficients(alpha_bar))
+        for i in range(states - 1):
+            fresh[:, i + 1] = keep[i] * fresh[:, i] + new[i] * rng.normal(size=(seeds, size))
+    wobble = rng.normal(size=(seeds, states, size)) * 0.1
+    x_t = np.sqrt(alpha_bar)[:, None] * strength * x_0 + np.sqrt(1 - alpha_bar)[:, None] * x_T
+    x_t = x_t + wobble + fresh
+    eps = [x_T + 0.1 * rng.normal(size=x_t.shape) for _ in range(2)]
+    for e in eps:
+        e[:, -1] = np.nan
+    wide = {"x_0": x_0, "x_T": x_T, "x_gen": x_t[:, -1:]}
+    vectors = {"x_t": x_t, "eps_uncond": eps[0], "eps_cond": eps[1], "noise": fresh}
+    vectors |= {name: np.broadcast_to(v, x_t.shape) for name, v in wide.items()}
+    stacked = np.stack([vectors[v] for v in VECTORS], 2)
+    gap = np.linalg.norm(x_t[:, None] - x_t[None], axis=-1)  # seed, seed_, step
+    severity = np.clip(0.5 * strength + 0.1 * rng.normal(size=seeds), 0, 1)
+    values = {
+        "gram": (("seed", "step", "vec", "vec_"), stacked @ stacked.swapaxes(-1, -2)),
+        "pair_distance": (("step", "seed", "seed_"), np.moveaxis(gap, -1, 0)),
+        "severity": (("seed",), severity),
+        "rescued": (("seed",), np.zeros(seeds, np.uint8)),
+    }
+    return xr.Dataset(values)
+
+
+def correlations(trace: xr.Dataset) -> dict[str, float]:
+    """The numbers of the chapter on severity: every predictor, with intervals and by seeds."""
+    found, rng = {}, np.random.default_rng(0)
+    score = trace.severity.mean("seed").values
+    gap = memlib.norm(trace, "eps_delta")
+    guided = memlib.overestimation(trace)
+    predictors = {"gap": gap.mean(("seed", "step")), "gap, first": gap[:, :, 0].mean("seed")}
+    predictors |= {"k": guided.mean(("seed", "step")), "spread": -memlib.spread(trace)[:, -1]}
+    predictors["k, first"] = memlib.overestimation(trace, 1.0)[:, :, 0].mean("seed")
+    predictors["end"] = memlib.cosine(trace, "x_gen", "x_0")[:, :, 0].mean("seed")
+    for reference in ("schedule", "oracle"):
+        table = memlib.deviations(trace, reference=reference)
+        predictors |= {f"{d}, {reference}": table[d] for d in ("D1", "D2")}
+    predictors["D1, own end"] = memlib.deviations(trace, basis="x_gen").D1
+    for first in (1, 2, 3, 5, 8, 10, 15, 20, 25, 30, 40):
+        predictors[f"D1, first {first}"] = memlib.deviations(trace, first=first).D1
+    for name, values in predictors.items():
+        r, low, high = claims.interval(claims.pearson, np.asarray(values), score, paired=True)
+        found |= {name: r, f"{name}, low": low, f"{name}, high": high}
+    w_0 = memlib.weights(trace).w_0 - memlib.reference_weights(trace).w_0
+    each = w_0.isel(step=slice(1, None)).sum("step").values
+    for count in (1, 2, 3, 5, 10, 20, 35, 50):
+        for n in range(30):
+            p = rng.choice(trace.sizes["seed"], count, replace=False)
+            r = claims.pearson(each[:, p].mean(1), trace.severity.values[:, p].mean(1))
+            found[f"{count} seeds, {n}"] = r
+    return found
+
+
+def open_and_correlate(address: str) -> dict:
+    """Seconds and megabytes of all correlations of a run, from a cold process."""
+    before = peak(reset=True)
+    start = time.perf_counter()
+    trace = memlib.open_run(address)
+    opened = time.perf_counter() - start
+    numbers = correlations(trace)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "of it opening": opened, "peak MB": peak(),
+            "over the start MB": peak() - before, "numbers": len(numbers)}  # fmt: skip
+
+
+def analysis(model: str, rounds: int) -> dict:
+    """A run of the size of the paper's grid: writing, bytes, verifying, analysing."""
+    folder = Path(tempfile.mkdtemp(prefix="memlib-bench-"))
+    found: dict = {**GRID}
+    for sampler in SAMPLERS:
+        run = folder / sampler
+        start = time.perf_counter()
+        synthetic(run, **GRID, sampler=sampler)
+        wrote = time.perf_counter() - start
+        states = GRID["prompts"] * GRID["seeds"] * (GRID["steps"] + 1)
+        start = time.perf_counter()
+        report = memlib.verify(run)
+        if not report.ok:
+            raise RuntimeError(str(report))
+        found[sampler] = {
+            "write, ms a piece": 1000 * wrote / GRID["prompts"],
+            "verify s": time.perf_counter() - start,
+            "bytes": folder_bytes(run),
+            "bytes a state": folder_bytes(run) / states,
+            "files": sum(1 for f in run.rglob("*") if f.is_file()),
+            **measured("open_and_correlate", str(run)),
+        }
+    shutil.rmtree(folder)
+    return found
+
+
+def measured(function: str, *arguments):
+    """`function(*arguments)` of this module in a process of its own."""
+    code = f"from memlib.bench import *; print(json.dumps({function}(*{arguments!r})))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+SECTIONS = {f.__name__: f for f in (recording, everything, workers, scaling, network, analysis)}
+GOALS = {  # of the design: path in the results, sign, limit
+    "recorded / plain, DDIM": (("recording", "ddim", "ratio"), "<=", 1.05),
+    "recorded / plain, DDPM": (("recording", "ddpm", "ratio"), "<=", 1.05),
+    "recorded / everything, whole": (("everything", "whole", "ratio"), "<=", 1.0),
+    "everything / recorded, analysis, lab": (("everything", "analysis", "warm", "ratio"), ">=", 20),
+    "everything / recorded, analysis, SD's size": (
+        ("everything", "analysis at SD size", "warm", "ratio"),
+        ">=",
+        20,
+    ),
+    "recorded / everything, peak memory": (("everything", "peak ratio"), "<=", 0.5),
+    "everything / recorded, bytes at 16,384": (("everything", "bytes ratio at 16,384"), ">=", 300),
+    "one worker / two": (("workers", "speed-up"), ">=", 1.8),
+    "grid, DDIM: all correlations, s": (("analysis", "ddim", "seconds"), "<=", 10),
+    "grid, DDIM: peak memory, MB": (("analysis", "ddim", "peak MB"), "<=", 2000),
+    "grid, DDIM: bytes a state": (("analysis", "ddim", "bytes a state"), "<=", 400),
+    "grid, DDPM: bytes a state": (("analysis", "ddpm", "bytes a state"), "<=", 400),
+}
+
+
+def goals(results: dict) -> pd.DataFrame:
+    """Each goal of the design with what was measured."""
+    rows = []
+    for name, (path, sign, limit) in GOALS.items():
+        value = results
+        for key in path:
+            value = value.get(key, {}) if isinstance(value, dict) else {}
+        if isinstance(value, dict):
+            continue
+        met = value <= limit if sign == "<=" else value >= limit
+        rows.append({"quantity": name, "measured": value, "goal": f"{'≤' if sign == '<=' else '≥'} "
+                     f"{limit:g}", "met": "yes" if met else "NO"})  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--images", type=int, default=20, help="in one batch: 2 prompts")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default="lab")
-    args = parser.parse_args()
-    model = memlib.load(args.model)
-    pairs = memlib.load_pairs("lab").iloc[:2]
-    seeds = range(args.images // 2)
-    captions = [caption for caption in pairs.caption for _ in seeds]
-
-    def plain(sampler: str) -> None:
-        model.pipe.scheduler = SAMPLERS[sampler].from_config(model.scheduler_config)
-        generators = [torch.Generator().manual_seed(s) for _ in range(2) for s in seeds]
-        model.pipe(captions, num_inference_steps=args.steps, generator=generators, output_type="np")
-
-    def recorded(sampler: str) -> None:
-        memlib.reverse_trace(
-            model, pairs, seeds=seeds, sampler=sampler, steps=args.steps, severity=None,
-            batch_size=len(captions), progress=False,
-        )  # fmt: skip
-
-    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}; {len(captions)} images, "
-        f"{args.steps} steps, g = 7.5")  # fmt: skip
-    print(f"{'sampler':8} {'plain':>9} {'recorded':>9} {'ratio':>7}   range of the rounds")
-    for sampler in SAMPLERS:
-        times: dict = {plain: [], recorded: []}
-        for function in (plain, recorded):
-            function(sampler)  # warm up
-        for n in tqdm(range(args.rounds), desc=sampler, leave=False, disable=None):
-            for function in (plain, recorded) if n % 2 == 0 else (recorded, plain):
-                start = time.perf_counter()
-                function(sampler)
-                times[function].append(time.perf_counter() - start)
-        a, b = (statistics.median(times[f]) for f in (plain, recorded))
-        ratios = [r / p for p, r in zip(times[plain], times[recorded], strict=True)]
-        print(f"{sampler:8} {a:8.2f}s {b:8.2f}s {statistics.median(ratios):7.3f}   "
-              f"{min(ratios):.3f} ... {max(ratios):.3f}")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    results = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    if results.get("machine") != machine():  # never two machines in one table
+        results = {}
+    results["machine"], results["model"] = machine(), options.model
+    print(", ".join(f"{k}: {v}" for k, v in results["machine"].items()))
+    for name in options.only:
+        start = time.perf_counter()
+        results[name] = SECTIONS[name](options.model, options.rounds)
+        results[name]["threads"] = torch.get_num_threads()
+        results[name]["took s"] = time.perf_counter() - start
+        unfinished = options.out.with_suffix(".partial")
+        unfinished.write_text(json.dumps(results, indent=1) + "\n")
+        os.replace(unfinished, options.out)
+        print(f"\n{name}: {SECTIONS[name].__doc__}")
+        print(json.dumps(results[name], indent=1))
+    print("\n" + goals(results).to_string(index=False, float_format="{:.3f}".format))
 
 
 if __name__ == "__main__":

@@ -198,6 +198,8 @@ def digest(root: Path, notebook, chosen: dict) -> str:
     files = [*root.glob("memlib/**/*.py"), *root.glob("memlib/*.mplstyle")]
     files += [root / "memlib/claims.toml", root / "data/lab/SHA256SUMS", root / "constraints.txt"]
     files = [path for path in files if path != root / "memlib/book.py"]
+    if any("bench." in source for source, _ in code):
+        files.append(root / "data/bench.json")
     return fingerprint(root, files, json.dumps([code, chosen], sort_keys=True))
 
 

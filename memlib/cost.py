@@ -50,15 +50,20 @@ CARDS = (
 def unet_flops(model: str) -> int:
     """Floating-point operations of one call of a model's U-Net on one latent, counted."""
     from diffusers import UNet2DConditionModel
-    from torch.utils.flop_counter import FlopCounterMode
 
     side, options = UNETS[model]
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=side, **options)
-        x, t = torch.empty(1, 4, side, side), torch.tensor(1)
-        text = torch.empty(1, 77, options["cross_attention_dim"])
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            unet(x, t, encoder_hidden_states=text)
+        x, text = torch.empty(1, 4, side, side), torch.empty(1, 77, options["cross_attention_dim"])
+        return count_flops(unet, x, text)
+
+
+def count_flops(unet, x: torch.Tensor, text: torch.Tensor) -> int:
+    """Floating-point operations of one call, by torch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(x, torch.tensor(1, device=x.device), encoder_hidden_states=text)
     return counter.get_total_flops()
 
 

@@ -160,8 +160,12 @@ def spread(trace: xr.Dataset) -> xr.DataArray:
     """
     if trace.sizes["seed"] < 2:
         raise ValueError("the spread of seeds needs at least 2 seeds")
-    distance = trace.pair_distance.sel(seed_=trace.seed.values)  # of a part of the seeds, say
-    each = xr.DataArray(np.arange(trace.sizes["seed"]), dims="each")
-    itself = np.isfinite(distance.isel(seed=each, seed_=each)).sum("each")
-    known = np.isfinite(distance).sum(("seed", "seed_")) - itself
-    return distance.sum(("seed", "seed_")) / known.where(known > 0)
+    distance = trace.pair_distance
+    if not np.array_equal(trace.seed, trace.seed_):  # a part of the seeds, say
+        distance = distance.sel(seed_=trace.seed.values)
+    values = distance.transpose("prompt", "step", "seed", "seed_").values
+    known = np.isfinite(values)
+    count = known.sum((-2, -1)) - np.trace(known, axis1=-2, axis2=-1)  # not to itself
+    total = values.sum((-2, -1), where=known)
+    mean = np.divide(total, count, where=count > 0, out=np.full(total.shape, np.nan))
+    return distance.isel(seed=0, seed_=0, drop=True).copy(data=mean)

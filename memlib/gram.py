@@ -90,22 +90,42 @@ def least_squares(
     A basis vector that is 0 (fresh noise before the first update) gets coefficient 0. Where a
     vector was not recorded the result is NaN.
     """
-    normal = trace.gram.sel(vec=basis, vec_=basis).values
-    right = xr.concat([inner(trace, b, target) for b in basis], "vec").transpose(..., "vec").values
+    gram = [[trace.gram.sel(vec=i, vec_=j, drop=True).values for j in basis] for i in basis]
+    right = [inner(trace, b, target) for b in basis]
     square = inner(trace, target, target)
-    known = np.isfinite(normal).all((-2, -1)) & np.isfinite(right).all(-1)
-    normal = np.where(known[..., None, None], normal, 0.0)
-    # Unit vectors first: the fit is then well conditioned whatever the sizes.
-    size = np.sqrt(np.einsum("...ii->...i", normal))
-    size = np.where(size > 0, size, 1.0)
-    inverse = np.linalg.pinv(
-        normal / size[..., :, None] / size[..., None, :], rcond=1e-12, hermitian=True
-    )
-    fit = np.einsum("...ij,...j->...i", inverse, np.nan_to_num(right) / size) / size
-    fit = np.where(known[..., None], fit, np.nan)
+    fit, explained = _solve(gram, [r.values for r in right])
+    known = np.isfinite(square.values + sum(fit))
     coefficients = xr.DataArray(
-        fit, dims=(*square.dims, "vec"), coords={**square.coords, "vec": basis}
+        np.stack([np.where(known, f, np.nan) for f in fit], -1),
+        dims=(*square.dims, "vec"),
+        coords={**square.coords, "vec": basis},
     )
-    explained = np.einsum("...i,...ij,...j->...", fit, normal, fit)
-    missing = square - 2 * (coefficients.values * right).sum(-1) + explained
-    return coefficients, np.sqrt((missing / square).clip(min=0))
+    return coefficients, np.sqrt((1 - explained / square).clip(min=0))
+
+
+def _solve(gram: list[list[np.ndarray]], right: list[np.ndarray]):
+    """Least squares by Cholesky, all states at once; returns coefficients and what they explain.
+
+    Unit vectors first, so that it is well conditioned whatever the sizes. A vector that is 0, or a
+    combination of those before it (to 1e-12), gets coefficient 0. A loop over 2 or 3 vectors is
+    twenty times faster here than a decomposition for each of a million states.
+    """
+    size = [np.sqrt(gram[i][i]) for i in range(len(gram))]
+    size = [np.where(s > 0, s, 1.0) for s in size]
+    lower: list[list[np.ndarray]] = []
+    z: list[np.ndarray] = []  # the target along the orthogonalised vectors
+    for i, row in enumerate(gram):
+        lower.append([])
+        for j in range(i):
+            rest = row[j] / size[i] / size[j]
+            rest = rest - sum(lower[i][k] * lower[j][k] for k in range(j))
+            lower[i].append(rest / lower[j][j])
+        pivot = row[i] / size[i] ** 2 - sum(v * v for v in lower[i])
+        lower[i].append(np.where(pivot > 1e-12, np.sqrt(np.abs(pivot)), np.inf))
+        rest = right[i] / size[i] - sum(lower[i][k] * z[k] for k in range(i))
+        z.append(rest / lower[i][i])
+    fit = list(z)
+    for i in reversed(range(len(z))):
+        rest = z[i] - sum(lower[k][i] * fit[k] for k in range(i + 1, len(z)))
+        fit[i] = rest / lower[i][i]
+    return [f / s for f, s in zip(fit, size, strict=True)], sum(v * v for v in z)

@@ -83,8 +83,7 @@ class DiffusersModel:
         self.unet, self.vae = pipe.unet.eval(), pipe.vae.eval()
         self.device, self.precision = pipe.unet.device, precision
         self._cast(HALF.get(precision, torch.float32))
-        if self.device.type == "cuda":  # one picture at a time: decoding must not set the batch
-            self.vae.enable_slicing()
+        self.vae.enable_slicing()  # one picture at a time: decoding must not set the batch
         self.scheduler_config = dict(pipe.scheduler.config)
         size = pipe.unet.config.sample_size
         self.latent_shape = (pipe.unet.config.in_channels, size, size)

@@ -100,7 +100,13 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
     _, alpha_bar = state_levels(scheduler)
     stochastic = type(scheduler).__name__ == "DDPMScheduler"
     keep, fresh = ddpm_noise_coefficients(alpha_bar) if stochastic else (None, None)
-    states, noises, unconds, conds = [x], [torch.zeros_like(x)], [], []
+    # The trajectory is written into its place: a list that is stacked needs twice the memory.
+    kept = {
+        name: x.new_empty((len(alpha_bar) - 1, *x.shape)) for name in ("eps_uncond", "eps_cond")
+    }
+    kept["x_t"] = x.new_empty((len(alpha_bar), *x.shape))
+    kept["noise"] = torch.zeros_like(kept["x_t"] if stochastic else x).expand_as(kept["x_t"])
+    kept["x_t"][0] = x
     for i, t in enumerate(scheduler.timesteps):
         if unguided:
             out_uncond, out_cond = model.predict(x, t, uncond), model.predict(x, t, cond)
@@ -108,20 +114,17 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
         else:
             out_uncond, out_cond = model.predict(torch.cat([x, x]), t, both).chunk(2)
             out = out_uncond + guidance[i] * (out_cond - out_uncond)
-        unconds.append(model.to_epsilon(out_uncond, x, alpha_bar[i]))
-        conds.append(model.to_epsilon(out_cond, x, alpha_bar[i]))
+        kept["eps_uncond"][i] = model.to_epsilon(out_uncond, x, alpha_bar[i])
+        kept["eps_cond"][i] = model.to_epsilon(out_cond, x, alpha_bar[i])
         if stochastic:
             with _overheard(scheduling_ddpm) as drawn:
                 x = scheduler.step(out, t, x, generator=generators).prev_sample
-            noises.append(float(keep[i]) * noises[-1])
+            kept["noise"][i + 1] = float(keep[i]) * kept["noise"][i]
             if drawn:  # a step at timestep 0 draws none
-                noises[-1] = noises[-1] + float(fresh[i]) * drawn[0]
+                kept["noise"][i + 1] += float(fresh[i]) * drawn[0]
         else:
-            noises.append(noises[-1])
             x = scheduler.step(out, t, x).prev_sample
-        states.append(x)
-    kept = {"x_t": states, "noise": noises, "eps_uncond": unconds, "eps_cond": conds}
-    kept = {name: torch.stack(tensors) for name, tensors in kept.items()}
+        kept["x_t"][i + 1] = x
     if not all(torch.isfinite(tensor).all() for tensor in kept.values()):
         raise FloatingPointError(_not_finite(model))
     return kept
@@ -145,26 +148,29 @@ def _rescued(model, function: Callable):
 def _contract(kept: dict, x_0: torch.Tensor) -> np.ndarray:
     """Gram matrices [image, state, vec, vec_] of a batch; `x_0` is [image, ...]."""
     states, images = kept["x_t"].shape[:2]
+    x = kept["x_t"].flatten(2)
+    # One image at a time, in place: float64 copies of a batch would be the most memory of all.
+    vectors = x.new_empty((states, len(VECTORS), x.shape[-1]), dtype=torch.float64)
+    column = {name: vectors[:, n] for n, name in enumerate(VECTORS)}
     grams = []
     for n in range(images):
-        flat = {name: tensor[:, n].flatten(1) for name, tensor in kept.items()}
-        gap = torch.full_like(flat["x_t"][:1], torch.nan)  # no prediction at the last state
-        fixed = {"x_0": x_0[n], "x_T": kept["x_t"][0, n], "x_gen": kept["x_t"][-1, n]}
-        columns = {
-            "x_t": flat["x_t"],
-            "eps_uncond": torch.cat([flat["eps_uncond"], gap]),
-            "eps_cond": torch.cat([flat["eps_cond"], gap]),
-            "noise": flat["noise"],
-            **{k: v.flatten()[None].to(gap.device).expand(states, -1) for k, v in fixed.items()},
-        }
-        grams.append(gram_matrix(torch.stack([columns[v].double() for v in VECTORS], 1)))
+        fixed = {"x_0": x_0[n].flatten().to(x.device), "x_T": x[0, n], "x_gen": x[-1, n]}
+        for name, value in (
+            fixed | {"x_t": x[:, n], "noise": kept["noise"][:, n].flatten(1)}
+        ).items():
+            column[name][:] = value
+        for name in ("eps_uncond", "eps_cond"):
+            column[name][:-1] = kept[name][:, n].flatten(1)
+            column[name][-1] = torch.nan  # no prediction at the last state
+        grams.append(gram_matrix(vectors))
     return torch.stack(grams).cpu().numpy()
 
 
 def _pair_distances(x: torch.Tensor) -> np.ndarray:
     """Distances between the seeds of one prompt, [state, seed, seed_]; x is [state, seed, ...]."""
-    flat = x.flatten(2).double()
-    return torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy()
+    mode = "donot_use_mm_for_euclid_dist"
+    states = (state.double() for state in x.flatten(2))
+    return torch.stack([torch.cdist(s, s, compute_mode=mode) for s in states]).cpu().numpy()
 
 
 def _targets(model, pairs: pd.DataFrame) -> torch.Tensor:
@@ -283,13 +289,14 @@ def reverse_trace(
         for batch, (gram, x_t, decoded, again) in _batches(work, batch_size, record):
             for n, (p, s) in enumerate(batch):
                 grams[p, s], rescued[p, s] = gram[n], again
-                waiting.append(x_t[:, n].to("cpu", copy=True))
+                waiting.append(x_t[:, n].cpu())
                 if s == len(seeds) - 1:
                     distances[p] = _pair_distances(torch.stack(waiting, 1))
                     waiting.clear()
                 if pictures is not None:
                     pictures[p, s] = decoded[n]
             bar.update(len(batch))
+            del gram, x_t, decoded  # not beside those of the next batch
     trace = xr.Dataset(
         {
             "gram": (("prompt", "seed", "step", "vec", "vec_"), grams),

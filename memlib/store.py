@@ -436,7 +436,7 @@ class Run:
         return report
 
     def read(self, rows: list[dict] | None = None, seeds: list[int] | None = None) -> xr.Dataset:
-        """The dataset, or these prompts and seeds of it; pictures are read when they are used."""
+        """The dataset, or these prompts and seeds of it; what is large is read when it is used."""
         plan = self.plan or self.read_plan()
         trace = xr.open_dataset(self.address, engine="zarr", chunks=None).drop_vars("sha256")
         if rows is not None:
@@ -447,8 +447,9 @@ class Run:
         if seeds and list(seeds) != plan["seeds"]:
             columns = [plan["seeds"].index(s) for s in seeds]
             trace = trace.isel({d: columns for d in ("seed", "seed_") if d in trace.dims})
-        rest = trace.drop_vars("image", errors="ignore").load()
-        return rest.assign(image=trace.image) if "image" in trace else rest
+        for name in set(trace.variables) - {"image", "pair_distance"}:
+            trace[name].load()
+        return trace
 
 
 def verify(address: str | os.PathLike) -> Report:
