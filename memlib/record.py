@@ -169,7 +169,6 @@ class Processes:
 
     def __init__(self, jobs: list[Job]):
         self.context = multiprocessing.get_context("spawn")
-        self.depth = 2  # one more each, so that none waits for the next
         self.workers = [self._start(job) for job in jobs]
 
     def _start(self, job: Job) -> dict:
@@ -181,8 +180,8 @@ class Processes:
         return {"job": job, "process": process, "connection": ours, "tasks": {}}
 
     def room(self, left: int) -> bool:
-        # not at the end, where some would idle
-        depth = self.depth if left > len(self.workers) else 1
+        # One more each, so that none waits for the next; not at the end, where some would idle.
+        depth = 2 if left > len(self.workers) else 1
         return any(len(worker["tasks"]) < depth for worker in self.workers)
 
     def submit(self, task: Task, rows: pd.DataFrame, seeds: list[int]) -> None:
@@ -200,7 +199,6 @@ class Processes:
                 number, result = connection.recv()
             except (EOFError, OSError):
                 worker["process"].join()
-                self.depth = 1  # from now on it is plain which task a worker died of
                 self.workers[n] = self._start(worker["job"])
                 for task in worker["tasks"].values():
                     yield (
