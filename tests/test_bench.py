@@ -1,0 +1,52 @@
+"""What `make bench` compares does the same work, and the page has all of its numbers."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import memlib
+from memlib import bench
+
+
+@pytest.fixture
+def load():
+    load = bench.Workload("lab", prompts=2, seeds=3, steps=4)
+    yield load
+    shutil.rmtree(load.folder)
+
+
+def test_both_ways_give_the_same_numbers(load):
+    """From inner products on disk, and from all vectors on disk: only rounding differs."""
+    ours = load.analyse_trace(load.recorded("ddim"))
+    theirs = load.analyse_everything(load.everything("ddim"))
+    assert list(ours) == list(theirs) == ["D1", "D2", "cosine", "spread"]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert (ours.abs() > 1e-3).to_numpy().all()  # nothing of it is trivially equal
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_the_invented_run_is_a_run(tmp_path, sampler):
+    bench.synthetic(tmp_path / "run", prompts=5, seeds=4, steps=6, sampler=sampler)
+    assert memlib.verify(tmp_path / "run").done == 5
+    trace = memlib.open_run(tmp_path / "run")
+    dev = memlib.deviations(trace)
+    found = bench.correlations(trace)
+    assert found["D1, schedule"] == pytest.approx(np.corrcoef(dev.D1, dev.severity)[0, 1])
+    assert found["D1, schedule, low"] <= found["D1, schedule"] <= found["D1, schedule, high"]
+
+
+def test_a_goal_that_is_missed_says_so():
+    results = {"recording": {"ddim": {"ratio": 1.2}, "ddpm": {"ratio": 1.0}}}
+    table = bench.goals(results).set_index("quantity")
+    assert table.met["recorded / plain, DDIM"] == "NO"
+    assert table.met["recorded / plain, DDPM"] == "yes"
+    assert len(table) == 2  # what was not measured has no row
+
+
+def test_the_shipped_measurements_are_whole():
+    results = json.loads(bench.RESULTS.read_text())
+    assert set(bench.SECTIONS) <= set(results)
+    assert len(bench.goals(results)) == len(bench.GOALS)
+    assert results["machine"]["cores"] >= 2
