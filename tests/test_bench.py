@@ -28,8 +28,8 @@ def test_both_ways_give_the_same_numbers(load):
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_the_invented_run_is_a_run(tmp_path, sampler):
-    bench.synthetic(tmp_path / "run", prompts=5, seeds=4, steps=6, sampler=sampler)
-    assert memlib.verify(tmp_path / "run").done == 5
+    bench.synthetic(tmp_path / "run", prompts=12, seeds=4, steps=6, sampler=sampler)
+    assert memlib.verify(tmp_path / "run").done == 12
     trace = memlib.open_run(tmp_path / "run")
     dev = memlib.deviations(trace)
     found = bench.correlations(trace)
