@@ -617,9 +617,6 @@ def main() -> None:
     if results.get("machine") != machine():  # never two machines in one table
         results = {}
     results["machine"], results["model"] = machine(), options.model
-    # glibc keeps freed memory once a block as large as this was freed, as decoding a batch does.
-    # Without it the first ways to run would ask the system for every buffer anew.
-    torch.ones(31 << 20, dtype=torch.uint8)
     print(", ".join(f"{k}: {v}" for k, v in results["machine"].items()))
     for name in options.only:
         start = time.perf_counter()
