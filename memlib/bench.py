@@ -439,8 +439,10 @@ def synthetic(
     steps: int,
     sampler: str = "ddim",
     piece: Callable | None = None,
-) -> None:
+) -> float:
     """A run of invented vectors: as many numbers as a real one, and as hard to compress.
+
+    Returns the seconds that were spent on writing.
 
     `piece(template, prompt number)` makes the values of a prompt; by default states follow the
     schedule towards a mixture of the image and noise of their own.
@@ -451,7 +453,7 @@ def synthetic(
     settings = dict(seeds=range(seeds), steps=steps, images=False, sampler=sampler, severity="ncc")
     agreed, values = identity(reverse_trace, lab, pairs, settings)
     template = reverse_trace(lab, pairs.iloc[:0], **settings)
-    run, rng = Run(address), np.random.default_rng(0)
+    run, rng, wrote = Run(address), np.random.default_rng(0), 0.0
     piece = piece or (lambda template, _: _invented(template, seeds, sampler, rng))
     with run.work():
         run.open_plan(
@@ -459,7 +461,11 @@ def synthetic(
         )
         for task in tqdm(run.tasks(), desc="synthetic", leave=False, disable=None):
             for p in task.prompts:
-                run.put(task, p, piece(template, p))
+                values = piece(template, p)
+                start = time.perf_counter()
+                run.put(task, p, values)
+                wrote += time.perf_counter() - start
+    return wrote
 
 
 def _invented(template: xr.Dataset, seeds: int, sampler: str, rng) -> xr.Dataset:
@@ -541,9 +547,7 @@ def analysis(model: str, rounds: int) -> dict:
     found: dict = {**GRID}
     for sampler in SAMPLERS:
         run = folder / sampler
-        start = time.perf_counter()
-        synthetic(run, **GRID, sampler=sampler)
-        wrote = time.perf_counter() - start
+        wrote = synthetic(run, **GRID, sampler=sampler)
         states = GRID["prompts"] * GRID["seeds"] * (GRID["steps"] + 1)
         start = time.perf_counter()
         report = memlib.verify(run)
