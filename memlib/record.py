@@ -239,8 +239,9 @@ class OnRay:
                 ray.init(address=address, log_to_driver=False, logging_level="error")
             except (OSError, ValueError, RuntimeError) as error:
                 raise ValueError(f"no Ray cluster at {address}: {first_line(error)}") from error
-        gpu = (job.recipe["device"] or "cuda").startswith("cuda") and torch.cuda.is_available()
-        has = ray.cluster_resources()
+        gpu, has = job.recipe["device"].startswith("cuda"), ray.cluster_resources()
+        if gpu and not has.get("GPU"):
+            raise ValueError("the model is on a GPU and the cluster has none: load it on 'cpu'")
         room = has.get("GPU", 0) if gpu else has.get("CPU", 1) // (job.threads or 1)
         options = {"num_gpus": 1} if gpu else {"num_cpus": job.threads or 1}
         actor = ray.remote(max_concurrency=2, **options)(_Actor)
@@ -393,7 +394,8 @@ def _engine(job: Job, model, engine: str, workers: int | None, address: str | No
         raise ValueError("workers load their own model: give one that memlib.load can name")
     if engine == "ray":
         threads = job.threads or 1
-        return OnRay(Job(job.function, job.settings, job.recipe, threads), workers, address)
+        recipe = job.recipe | {"device": model.device.type}  # one kind of device in one run
+        return OnRay(Job(job.function, job.settings, recipe, threads), workers, address)
     threads = job.threads or max(1, cores() // len(chosen))
     recipes = [job.recipe | {"device": device} for device in chosen]
     return Processes([Job(job.function, job.settings, r, threads) for r in recipes])
