@@ -230,7 +230,9 @@ class OnRay:
         try:
             import ray
         except ImportError as error:
-            raise ImportError("engine 'ray' needs Ray: pip install 'memlib[cluster]'") from error
+            raise ImportError(
+                "engine 'ray' needs Ray: pip install -e '.[cluster]' in a checkout"
+            ) from error
         self.ray, self.job = ray, job
         self.own = not ray.is_initialized()
         if self.own:
