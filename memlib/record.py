@@ -230,9 +230,8 @@ class OnRay:
         try:
             import ray
         except ImportError as error:
-            raise ImportError(
-                "engine 'ray' needs Ray: pip install -e '.[cluster]' in a checkout"
-            ) from error
+            text = "engine 'ray' needs Ray: pip install -e '.[cluster]' in a checkout"
+            raise ImportError(text) from error
         self.ray, self.job = ray, job
         self.own = not ray.is_initialized()
         if self.own:
