@@ -97,6 +97,7 @@ class Run:
         self.local = isinstance(self.fs, LocalFileSystem)
         self.folder = Path(self.root) if self.local else None
         self.plan: dict | None = None
+        self._staging = Path(self.root, ".work", uuid.uuid4().hex)
 
     # --- files that appear as a whole or not at all ---------------------------------------------
 
@@ -131,18 +132,21 @@ class Run:
 
     @contextlib.contextmanager
     def _apart(self):
-        """A folder that nobody reads, on the same disk; what a killed run left there is removed."""
+        """A folder that nobody reads, on the same disk; what a killed run left there is removed.
+
+        It is used again: to remove its folders would take as long as to write a piece.
+        """
         if not self.local:
             with tempfile.TemporaryDirectory() as folder:
                 yield Path(folder)
             return
-        staging = self.folder / ".work" / uuid.uuid4().hex
-        staging.parent.mkdir(exist_ok=True)
-        staging.mkdir()
+        self._staging.parent.mkdir(exist_ok=True)
+        self._staging.mkdir(exist_ok=True)
         try:
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            yield self._staging
+        except BaseException:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            raise
 
     def _publish(self, staging: Path, keys: Iterable[str]) -> None:
         """Move files into place, in this order."""
@@ -281,6 +285,7 @@ class Run:
                 (staging / name).write_bytes(_plan_file(plan))
             self._publish(staging, [n for n in (COPY, PLAN) if self._get(n) != _plan_file(plan)])
             self._publish(staging / "header", [k for k in keys if self._damage(k, plan)])
+            shutil.rmtree(staging / "header")
 
     def _damage(self, key: str, plan: dict) -> str | None:
         found = self._get(key)
