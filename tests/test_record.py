@@ -306,7 +306,7 @@ def test_ray_is_not_installed(lab, pairs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError) as error:
         memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", engine="ray", **SMALL)
-    one_line(error, "pip install 'memlib[cluster]'")
+    one_line(error, "pip install -e '.[cluster]'")
 
 
 def test_a_model_without_a_name(pairs, tmp_path, lab):
