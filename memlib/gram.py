@@ -107,8 +107,7 @@ def _solve(gram: list[list[np.ndarray]], right: list[np.ndarray]):
     """Least squares by Cholesky, all states at once; returns coefficients and what they explain.
 
     Unit vectors first, so that it is well conditioned whatever the sizes. A vector that is 0, or a
-    combination of those before it (to 1e-12), gets coefficient 0. A loop over 2 or 3 vectors is
-    twenty times faster here than a decomposition for each of a million states.
+    combination of those before it (to 1e-12), gets coefficient 0.
     """
     size = [np.sqrt(gram[i][i]) for i in range(len(gram))]
     size = [np.where(s > 0, s, 1.0) for s in size]

@@ -549,8 +549,8 @@ def _work(run, todo, job, model, where, pairs, files, summary, progress, strict)
             for task in list(queue):
                 if not workers.room(len(queue)):
                     break
-                claim = run.claim(task)
-                if claim is None:  # another process is at it
+                give_up = run.claim(task)
+                if give_up is None:  # another process is at it
                     continue
                 queue.remove(task)
                 wanted = todo[task]
@@ -558,14 +558,14 @@ def _work(run, todo, job, model, where, pairs, files, summary, progress, strict)
                 todo[task] = [p for p in wanted if p in left]
                 summary.skipped += len(wanted) - len(todo[task])
                 if not todo[task]:  # another process has done it meanwhile
-                    claim.release()
+                    give_up()
                     bar.update(size[task])
                     continue
-                claims[task] = claim
+                claims[task] = give_up
                 rows = pairs.iloc[[files[p] for p in task.prompts]]
                 workers.submit(task, rows, [run.plan["seeds"][s] for s in task.seeds])
             for task, result in workers.wait():
-                claim = claims.pop(task)
+                give_up = claims.pop(task)
                 try:
                     if isinstance(result, LostWorkerError) and attempts[task] + 1 < ATTEMPTS:
                         attempts[task] += 1
@@ -581,8 +581,7 @@ def _work(run, todo, job, model, where, pairs, files, summary, progress, strict)
                             summary.done += 1
                         bar.update(size[task])
                 finally:
-                    if hasattr(claim, "release"):
-                        claim.release()
+                    give_up()
                 if strict and summary.error:
                     return
     finally:

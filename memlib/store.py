@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -204,10 +204,10 @@ class Run:
                 "back and run the same command again, and only what is missing is recorded"
             )
 
-    def claim(self, task: Task) -> FileLock | contextlib.nullcontext | None:
-        """The right to record a task, given up by `release`; None while another process has it."""
+    def claim(self, task: Task) -> Callable[[], None] | None:
+        """The right to record a task, as what gives it up; None while another process has it."""
         if not self.local:
-            return contextlib.nullcontext()  # nobody can be asked: both would write the same
+            return lambda: None  # nobody can be asked: both would write the same
         lock = FileLock(self.folder / ".work" / f"{task.number}.claim")
         try:
             with self._writing(Timeout):
@@ -215,7 +215,7 @@ class Run:
                 lock.acquire(timeout=0)
         except Timeout:
             return None
-        return lock
+        return lock.release
 
     # --- the plan -------------------------------------------------------------------------------
 
@@ -322,11 +322,8 @@ class Run:
         if None in wanted or not set(seeds) <= set(plan["seeds"]):
             return False
         columns = {plan["seeds"].index(s) for s in seeds}
-        for task in self.tasks():
-            if columns <= set(task.seeds):
-                done = {p for p in wanted & set(task.prompts) if self.state(p, task) == "done"}
-                wanted -= done
-        return not wanted
+        tasks = [t for t in self.tasks() if columns <= set(t.seeds) and wanted & set(t.prompts)]
+        return wanted <= {p for _, p, state in self.check(tasks) if state == "done"}
 
     # --- pieces ---------------------------------------------------------------------------------
 
