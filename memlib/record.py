@@ -7,6 +7,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -137,6 +138,8 @@ def _serve(connection, job: Job) -> None:
     sending = threading.Lock()
 
     def answer(number: int, result) -> None:
+        if isinstance(result, Exception):
+            result = _portable(result)
         with sending, contextlib.suppress(OSError):
             connection.send((number, result))
 
@@ -162,6 +165,14 @@ def _serve(connection, job: Job) -> None:
                 answer(number, error)
                 continue
             overlap.submit(finish, number, trace, rows) if overlap else finish(number, trace, rows)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same, if it cannot travel to another process."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {first_line(error)}")
 
 
 class Processes:
@@ -306,8 +317,6 @@ def _reach(address: str | None) -> None:
 
 class _Actor:
     def __init__(self, job: bytes):
-        import pickle
-
         self.job: Job = pickle.loads(job)
         self.device = threading.Lock()
 
@@ -514,8 +523,6 @@ def record(
                 summary.skipped += p in files
             elif p in files:
                 todo.setdefault(task, []).append(p)
-        for task in todo:
-            _needs(task, files, run.plan)
         _work(run, todo, job, kernel, (engine, workers, ray_address), pairs, files, summary,
               progress, strict)  # fmt: skip
     summary.seconds = time.monotonic() - begun
@@ -528,58 +535,60 @@ def _asked(task: Task, columns: set[int]) -> bool:
     return not task.seeds or bool(columns & set(task.seeds))
 
 
-def _needs(task: Task, files: dict[int, int], plan: dict) -> None:
-    if missing := [plan["prompts"][p]["prompt_id"] for p in task.prompts if p not in files]:
-        raise ValueError(
-            f"a task of this run samples prompts {missing[0]} and others together, to get the same "
-            "bits again: give all prompts that were recorded with it"
-        )
-
-
 def _work(run, todo, job, model, where, pairs, files, summary, progress, strict) -> None:
     """Hand out tasks until none is left; publish what comes back."""
-    size = {task: len(task.prompts) * max(1, len(task.seeds)) for task in todo}
     if not todo:
         return
-    bar = _Progress(sum(size.values()), job.function.__name__.split("_")[0], progress)
-    queue, claims, attempts = list(todo), {}, dict.fromkeys(todo, 0)
+    images = {task: max(1, len(task.seeds)) for task in todo}  # of each prompt
+    total = sum(images[task] * len(wanted) for task, wanted in todo.items())
+    bar = _Progress(total, job.function.__name__.split("_")[0], progress)
+    queue = [(task, wanted, False) for task, wanted in todo.items()]
+    handed_out, attempts = {}, dict.fromkeys(todo, 0)
     workers = _engine(job, model, *where)
     try:
-        while queue or claims:
-            for task in list(queue):
+        while queue or handed_out:
+            for unit in list(queue):
                 if not workers.room(len(queue)):
                     break
-                give_up = run.claim(task)
-                if give_up is None:  # another process is at it
+                task, wanted, apart = unit
+                give_up = None if task in handed_out else run.claim(task)
+                if give_up is None:  # another process is at it, or another part of it is
                     continue
-                queue.remove(task)
-                wanted = todo[task]
+                queue.remove(unit)
                 left = {p for _, p, state in run.check([task]) if state != "done"}
-                todo[task] = [p for p in wanted if p in left]
-                summary.skipped += len(wanted) - len(todo[task])
-                if not todo[task]:  # another process has done it meanwhile
+                still = [p for p in wanted if p in left]
+                if there := len(wanted) - len(still):  # another process has done it meanwhile
+                    summary.skipped += there
+                    bar.update(images[task] * there)
+                if not still:
                     give_up()
-                    bar.update(size[task])
                     continue
-                claims[task] = give_up
-                rows = pairs.iloc[[files[p] for p in task.prompts]]
-                workers.submit(task, rows, [run.plan["seeds"][s] for s in task.seeds])
+                handed_out[task] = still, apart, give_up
+                # Others of the task are sampled, too, for the same bits in the same place of a
+                # batch of the same size; one that was not given, or may have failed, has a stand-in
+                others = still if apart else files
+                rows = [files[p if p in others else still[0]] for p in task.prompts]
+                seeds = [run.plan["seeds"][s] for s in task.seeds]
+                workers.submit(task, pairs.iloc[rows], seeds)
             for task, result in workers.wait():
-                give_up = claims.pop(task)
+                wanted, apart, give_up = handed_out.pop(task)
+                lost, half = isinstance(result, LostWorkerError), len(wanted) // 2
                 try:
-                    if isinstance(result, LostWorkerError) and attempts[task] + 1 < ATTEMPTS:
+                    if lost and attempts[task] + 1 < ATTEMPTS:
                         attempts[task] += 1
-                        queue.insert(0, task)
+                        queue.insert(0, (task, wanted, apart))
+                    elif isinstance(result, Exception) and half and not (lost or strict):
+                        queue[:0] = [(task, part, True) for part in (wanted[:half], wanted[half:])]
                     elif isinstance(result, Exception):
-                        names = [run.plan["prompts"][p]["prompt_id"] for p in todo[task]]
+                        names = [run.plan["prompts"][p]["prompt_id"] for p in wanted]
                         summary.failed |= dict.fromkeys(names, first_line(result))
                         summary.error = summary.error or result
-                        bar.update(size[task], failed=len(names))
+                        bar.update(images[task] * len(wanted), failed=len(names))
                     else:
-                        for p in todo[task]:
+                        for p in wanted:
                             run.put(task, p, result.isel(prompt=task.prompts.index(p), drop=True))
                             summary.done += 1
-                        bar.update(size[task])
+                            bar.update(images[task])
                 finally:
                     give_up()
                 if strict and summary.error:

@@ -7,6 +7,7 @@ Gram matrix of every state. `forward_trace` noises training images and records t
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import warnings
@@ -449,7 +450,6 @@ def _coords(pairs: pd.DataFrame, timesteps: np.ndarray, alpha_bar: np.ndarray) -
 
 
 def _attributes(model, direction: str, sampler: str) -> dict:
-    packages = ("memlib", "torch", "diffusers", "transformers", "numpy")
     return {
         "schema": SCHEMA,
         "direction": direction,
@@ -459,5 +459,11 @@ def _attributes(model, direction: str, sampler: str) -> dict:
         "scheduler": json.dumps(dict(model.scheduler_config), default=str),
         "dtype": model.precision,
         "latent_size": int(np.prod(model.latent_shape)),
-        "versions": json.dumps({name: version(name) for name in packages}),
+        "versions": _versions(),
     }
+
+
+@functools.cache  # reading them takes as long as to write a prompt
+def _versions() -> str:
+    packages = ("memlib", "torch", "diffusers", "transformers", "numpy")
+    return json.dumps({name: version(name) for name in packages})

@@ -12,11 +12,13 @@ be recorded stands in ``plan.json``, kept twice; the rest of the header follows 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
-import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -27,22 +29,19 @@ import fsspec
 import numpy as np
 import pandas as pd
 import xarray as xr
-import zarr
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
-from numcodecs import Zstd
 
 from memlib.checksums import sha256
+from memlib.chunks import Array, group
 from memlib.errors import first_line
 
 SCHEMA = "memlib-run-1"
 PLAN, COPY = "plan.json", ".plan.json"
 COLUMNS = ("prompt_id", "caption", "kind", "multiplicity", "group")
-# Seeds in a chunk: pictures are large and read one at a time. A chunk is padded to its full size.
-SEEDS, PICTURES = 50, 10
-# The same inner product of all seeds and steps lies together (order F), so the symmetric half,
-# zeros and what never changes cost next to nothing; zstd adds a checksum of its own.
-COMPRESSOR = Zstd(level=3, checksum=True)
+# Seeds in a chunk: as many as the run began with, within these; a picture is large.
+SEEDS, PICTURES = (10, 50), 10
+LARGE = 2**26  # bytes of an array that is read when it is used
 
 
 class StoreError(OSError):
@@ -97,6 +96,7 @@ class Run:
         self.local = isinstance(self.fs, LocalFileSystem)
         self.folder = Path(self.root) if self.local else None
         self.plan: dict | None = None
+        self._arrays: dict[str, Array] | None = None
         self._staging = Path(self.root, ".work", uuid.uuid4().hex)
 
     # --- files that appear as a whole or not at all ---------------------------------------------
@@ -110,6 +110,26 @@ class Run:
             raise StoreError(
                 f"{self.address}: {key} cannot be read: {first_line(error)}"
             ) from error
+
+    def _getter(self, arrays: Iterable[Array], at: dict) -> Callable[[str], bytes | None]:
+        """How the files at these positions are read: from afar all at once."""
+        if self.local:
+            return self._get
+        keys = {f"{self.root}/{part[0]}": part[0] for array in arrays for part in array.parts(at)}
+        found = self.fs.cat([*keys], on_error="return") if keys else {}
+        for error in found.values():
+            if isinstance(error, Exception) and not isinstance(error, FileNotFoundError):
+                raise StoreError(f"{self.address} cannot be read: {first_line(error)}") from error
+        known = {keys[k]: v for k, v in found.items() if isinstance(v, bytes)}
+        return known.get
+
+    @contextlib.contextmanager
+    def _reading(self):
+        try:
+            yield
+        except (ValueError, KeyError) as error:
+            hint = f"`memlib verify {self.address}` says more, and recording it again mends it"
+            raise StoreError(f"{self.address}: {first_line(error)}; {hint}") from error
 
     @contextlib.contextmanager
     def _writing(self, *other: type[Exception]):
@@ -130,36 +150,34 @@ class Run:
         with FileLock(self.folder / ".lock") if self.local else contextlib.nullcontext():
             yield
 
-    @contextlib.contextmanager
-    def _apart(self):
-        """A folder that nobody reads, on the same disk; what a killed run left there is removed.
+    def _publish(self, *groups: dict[str, bytes]) -> None:
+        """Write files, each group of them before the next; none is ever there in part.
 
-        It is used again: to remove its folders would take as long as to write a piece.
+        In a folder all are written apart, on the same disk, and moved into place, in this order.
         """
         if not self.local:
-            with tempfile.TemporaryDirectory() as folder:
-                yield Path(folder)
+            for group in groups:
+                self.fs.pipe({f"{self.root}/{key}": data for key, data in group.items()})
             return
-        self._staging.parent.mkdir(exist_ok=True)
-        self._staging.mkdir(exist_ok=True)
+        self._staging.mkdir(parents=True, exist_ok=True)
+        files = [file for group in groups for file in group.items()]
         try:
-            yield self._staging
+            for n, (key, data) in enumerate(files):
+                with open(self._staging / str(n), "wb") as file:
+                    file.write(data)
+                    if key in (
+                        PLAN,
+                        COPY,
+                    ):  # the rest has checksums: what a power cut takes is redone
+                        file.flush()
+                        os.fsync(file.fileno())
+            for n, (key, _) in enumerate(files):
+                target = self.folder / key
+                target.parent.mkdir(exist_ok=True)
+                os.replace(self._staging / str(n), target)
         except BaseException:
             shutil.rmtree(self._staging, ignore_errors=True)
             raise
-
-    def _publish(self, staging: Path, keys: Iterable[str]) -> None:
-        """Move files into place, in this order."""
-        for key in keys:
-            if not self.local:
-                self.fs.pipe_file(f"{self.root}/{key}", (staging / key).read_bytes())
-                continue
-            if key in (PLAN, COPY):  # the rest has checksums: what a power cut takes is redone
-                with (staging / key).open("rb") as file:
-                    os.fsync(file.fileno())
-            target = self.folder / key
-            target.parent.mkdir(exist_ok=True)
-            os.replace(staging / key, target)
 
     @contextlib.contextmanager
     def work(self):
@@ -258,7 +276,8 @@ class Run:
             plan = self.read_plan()
             if plan is None:
                 plan = {"schema": SCHEMA, "identity": identity, "prompts": [], "seeds": []}
-                plan |= {"work": [], "versions": [], "header": {}}
+                chunk = sorted((*SEEDS, len(seeds)))[1]
+                plan |= {"chunk": chunk, "work": [], "versions": [], "header": {}}
             _check_identity(self.address, plan["identity"], identity)
             versions = json.loads(template.attrs.get("versions", "{}"))
             if versions not in plan["versions"]:
@@ -274,18 +293,14 @@ class Run:
             self.plan = plan
 
     def _write_header(self, plan: dict, template: xr.Dataset) -> None:
-        with self._apart() as staging:
-            _build_header(staging / "header", plan, template)
-            files = sorted(f for f in (staging / "header").rglob("*") if f.is_file())
-            # .zmetadata last: readers find what it promises
-            files = sorted(files, key=lambda f: (f.name == ".zmetadata", f.name[0] == "."))
-            keys = [f.relative_to(staging / "header").as_posix() for f in files]
-            plan["header"] = {k: sha256(staging / "header" / k) for k in keys}
-            for name in (COPY, PLAN):
-                (staging / name).write_bytes(_plan_file(plan))
-            self._publish(staging, [n for n in (COPY, PLAN) if self._get(n) != _plan_file(plan)])
-            self._publish(staging / "header", [k for k in keys if self._damage(k, plan)])
-            shutil.rmtree(staging / "header")
+        header = _header(plan, template)
+        plan["header"] = {key: _digest(data) for key, data in sorted(header.items())}
+        plans = {name: _plan_file(plan) for name in (COPY, PLAN)}
+        self._publish(
+            {name: data for name, data in plans.items() if self._get(name) != data},
+            {key: data for key, data in header.items() if self._damage(key, plan)},
+        )
+        self._arrays = _arrays(header[".zmetadata"])
 
     def _damage(self, key: str, plan: dict) -> str | None:
         found = self._get(key)
@@ -327,47 +342,37 @@ class Run:
 
     # --- pieces ---------------------------------------------------------------------------------
 
-    def _group(self) -> zarr.Group:
-        try:
-            return zarr.open_group(self.address, mode="r", use_consolidated=False)
-        except OSError as error:
-            raise StoreError(f"{self.address} cannot be read: {first_line(error)}") from error
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The arrays of the run, as its header describes them."""
+        if self._arrays is None:
+            found = self._get(".zmetadata")
+            if found is None:
+                raise StoreError(f"{self.address} cannot be read: .zmetadata is missing")
+            with self._reading():
+                self._arrays = _arrays(found)
+        return self._arrays
+
+    def _parts(self) -> list[str]:
+        return self.arrays["sha256"].attrs["parts"]
 
     def put(self, task: Task, p: int, piece: xr.Dataset) -> None:
         """Write the piece of prompt number `p`: apart, then into place, its checksums last."""
+        piece = piece[self._parts()]
+        sums = [list(self._digests(p, task.seeds, n, v.variable)) for n, v in piece.items()]
+        sums = np.frombuffer(b"".join(itertools.chain(*zip(*sums, strict=True))), np.uint8)
+        sums = sums.reshape(max(1, len(task.seeds)), len(piece), 32)
+        at = {"prompt": [p], "seed": task.seeds, "seed_": task.seeds}
         with self._writing():
             self._still_here()
-            with self._locked(), self._apart() as staging:
-                keys = self._write_piece(staging, task, p, piece)
-                self._publish(staging, sorted(keys, key=lambda k: k.startswith("sha256/")))
-
-    def _write_piece(self, staging: Path, task: Task, p: int, piece: xr.Dataset) -> list[str]:
-        """Zarr files of one piece, and of what other pieces have in the same files."""
-        parts = json.loads(self._get("sha256/.zattrs"))["parts"]
-        piece = piece[parts].reset_coords(drop=True)
-        sums = np.zeros((max(1, len(task.seeds)), len(piece), 32), np.uint8)
-        for n, (name, value) in enumerate(piece.items()):
-            for s, digest in enumerate(self._digests(p, task.seeds, name, value)):
-                sums[s, n] = np.frombuffer(digest, np.uint8)
-        dims = ("seed", "part", "byte") if task.seeds else ("one", "part", "byte")
-        whole = piece.assign(sha256=(dims, sums))
-        if not task.seeds:
-            whole["sha256"] = whole.sha256.isel(one=0)
-        keys = []
-        for name, value in whole.items():
-            (staging / name).mkdir(exist_ok=True)
-            for meta in (".zarray", ".zattrs"):
-                (staging / name / meta).write_bytes(self._get(f"{name}/{meta}") or b"")
-            array = zarr.open_array(staging / name, mode="r+")
-            dims = ("prompt", *value.dims)
-            for key in _touched(name, array, dims, p, task.seeds):
-                keys.append(key)
-                old = self._get(key)
-                if old is not None and _decodes(old):  # else its neighbours are redone, too
-                    (staging / key).write_bytes(old)
-            at = {"prompt": [p], "seed": list(task.seeds), "seed_": list(task.seeds)}
-            array.oindex[tuple(at.get(d, slice(None)) for d in dims)] = value.values[None]
-        return [key for key in keys if (staging / key).is_file()]
+            with self._locked():
+                files: dict = {}
+                for name, value in piece.items():
+                    files |= self.arrays[name].write(value.values[None], at, self._get)
+                if not task.seeds:
+                    sums = sums[0]
+                last = self.arrays["sha256"].write(sums[None], at, self._get)
+                self._publish(files, last)
 
     def _digests(self, p: int, seeds: tuple[int, ...], name: str, value) -> Iterator[bytes]:
         """One checksum a seed (one in all without seeds), over values and whose they are."""
@@ -381,36 +386,31 @@ class Run:
             seed = str(self.plan["seeds"][number]).encode()
             yield _sha(owner + seed, np.asarray(values[s]))
 
-    def state(self, p: int, task: Task, group: zarr.Group | None = None) -> str:
+    def state(self, p: int, task: Task) -> str:
         """``done``, ``missing``, or what is wrong with the piece of prompt number `p`."""
-        group = self._group() if group is None else group  # its length would list the folder
+        at = {"prompt": [p], "seed": task.seeds, "seed_": task.seeds}
         try:
-            sums = group["sha256"][p]
-        except (RuntimeError, ValueError, OSError) as error:
-            return f"sha256 cannot be read: {first_line(error)}"
-        seeds = task.seeds or (0,)
-        sums = sums[list(seeds)] if task.seeds else sums[None]
-        if not sums.any((1, 2)).all():
-            return "missing"
-        for n, name in enumerate(group["sha256"].attrs["parts"]):
-            try:
-                values = group[name][p]
-            except (RuntimeError, ValueError, OSError) as error:
-                return f"{name} cannot be read: {first_line(error)}"
-            value = xr.Variable(group[name].attrs["_ARRAY_DIMENSIONS"][1:], values)
-            if task.seeds:
-                value = value.isel({d: list(seeds) for d in ("seed", "seed_") if d in value.dims})
-            found = self._digests(p, task.seeds, name, value)
-            if any(digest != bytes(sums[s, n]) for s, digest in enumerate(found)):
-                return f"{name} is not what its checksum says"
+            get = self._getter(self.arrays.values(), at)
+            sums = self.arrays["sha256"].read(at, get)[0]
+            sums = sums if task.seeds else sums[None]
+            if not sums.any((1, 2)).all():
+                return "missing"
+            for n, name in enumerate(self._parts()):
+                array = self.arrays[name]
+                value = xr.Variable(array.dims[1:], array.read(at, get)[0])
+                found = self._digests(p, task.seeds, name, value)
+                if any(digest != sums[s, n].tobytes() for s, digest in enumerate(found)):
+                    return f"{name} is not what its checksum says"
+        except (ValueError, StoreError) as error:
+            return first_line(error)
         return "done"
 
     def check(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, int, str]]:
         """The `state` of every piece of these tasks: task, prompt number, state."""
-        group = self._group()
+        self._arrays = None  # another process may have let the run grow
         for task in tasks:
             for p in task.prompts:
-                yield task, p, self.state(p, task, group)
+                yield task, p, self.state(p, task)
 
     def verify(self) -> Report:
         """Compare everything on disk with its checksums."""
@@ -441,18 +441,33 @@ class Run:
     def read(self, rows: list[dict] | None = None, seeds: list[int] | None = None) -> xr.Dataset:
         """The dataset, or these prompts and seeds of it; what is large is read when it is used."""
         plan = self.plan or self.read_plan()
-        trace = xr.open_dataset(self.address, engine="zarr", chunks=None).drop_vars("sha256")
-        if rows is not None:
-            places = {_dump(row): n for n, row in enumerate(plan["prompts"])}
-            chosen = [places[_dump(row)] for row in rows]
-            if chosen != list(range(len(plan["prompts"]))):
-                trace = trace.isel(prompt=chosen)
-        if seeds and list(seeds) != plan["seeds"]:
-            columns = [plan["seeds"].index(s) for s in seeds]
-            trace = trace.isel({d: columns for d in ("seed", "seed_") if d in trace.dims})
-        for name in set(trace.variables) - {"image", "pair_distance"}:
-            trace[name].load()
-        return trace
+        places = {_dump(row): n for n, row in enumerate(plan["prompts"])}
+        numbers = [*places.values()] if rows is None else [places[_dump(row)] for row in rows]
+        seeds = seeds or plan["seeds"]
+        columns = [plan["seeds"].index(s) for s in seeds]
+        at = {"prompt": numbers, "seed": columns, "seed_": columns}
+        at = {dim: n for dim, n in at.items() if dim == "prompt" or columns}
+        lazy, found = None, {}
+        with self._reading():
+            for name, array in self.arrays.items():
+                if name == "sha256":
+                    continue
+                if array.dtype.itemsize * math.prod(array.shape) < LARGE or name == "gram":
+                    values = array.read(at, self._getter([array], at))
+                    found[name] = xr.Variable(array.dims, values, array.attrs)
+                    continue
+                if lazy is None:
+                    lazy = xr.open_dataset(self.address, engine="zarr", chunks=None)
+                    lazy = lazy.isel(
+                        {d: n for d, n in at.items() if n != list(range(lazy.sizes[d]))}
+                    )
+                found[name] = lazy[name].variable
+        attrs = json.loads(self._get(".zattrs"))
+        coords = {
+            *attrs.pop("coordinates").split(),
+            *(n for n, v in found.items() if v.dims == (n,)),
+        }
+        return xr.Dataset(found, attrs=attrs).set_coords(coords)
 
 
 def verify(address: str | os.PathLike) -> Report:
@@ -513,13 +528,6 @@ def _sha(owner: bytes, values: np.ndarray) -> bytes:
     return total.digest()
 
 
-def _decodes(chunk: bytes) -> bool:
-    try:
-        return bool(COMPRESSOR.decode(chunk))
-    except RuntimeError:
-        return False
-
-
 def _spell(seeds: list[int]) -> str:
     whole = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
     return f"{seeds[0]} to {seeds[-1]}" if whole else ", ".join(map(str, seeds)) or "none"
@@ -539,13 +547,16 @@ def _check_identity(address: str, old: dict, new: dict) -> None:
 def _extend(run: Run, plan: dict, rows: list[dict], seeds: list[int], batch_size) -> None:
     """Add what is asked for and not planned, as tasks of about `batch_size` images each."""
     places = {row["prompt_id"]: n for n, row in enumerate(plan["prompts"])}
+    begun = functools.cache(
+        lambda: {k[7:].split(".")[0] for k in run._keys() if k[:7] == "sha256/"}
+    )
     for row in rows:
         known = places.get(row["prompt_id"])
         if known is None:
             places[row["prompt_id"]] = len(plan["prompts"])
             plan["prompts"].append(row)
         elif _dump(old := plan["prompts"][known]) != _dump(row):
-            if not any(key.startswith(f"sha256/{known}.") for key in run._keys()):
+            if str(known) not in begun():
                 plan["prompts"][known] = row  # nothing is recorded: an image was mended, say
                 continue
             name = next(c for c in {**old, **row} if old.get(c) != row.get(c))
@@ -573,48 +584,39 @@ def _extend(run: Run, plan: dict, rows: list[dict], seeds: list[int], batch_size
             plan["work"].append(group | {"batch_size": batch_size})
 
 
-def _build_header(folder: Path, plan: dict, template: xr.Dataset) -> None:
-    """The empty dataset of a plan: coordinates, and arrays that have no piece yet."""
-    fixed = template.drop_dims("prompt").drop_vars(["seed", "seed_"], errors="ignore")
-    names = [c for c in COLUMNS if c in plan["prompts"][0]]
-    columns = {c: [row.get(c, "") for row in plan["prompts"]] for c in names}
-    fixed = fixed.assign_coords(prompt=columns.pop("prompt_id"))
-    fixed = fixed.assign_coords({name: ("prompt", values) for name, values in columns.items()})
-    parts = {name: v for name, v in template.data_vars.items() if "prompt" in v.dims}
+def _header(plan: dict, template: xr.Dataset) -> dict[str, bytes]:
+    """The files of the empty dataset of a plan: coordinates, and arrays that have no piece yet."""
     sizes = {**template.sizes, "prompt": len(plan["prompts"])}
-    dims = ("prompt", "part", "byte")
+    fixed = {n: v for n, v in template.variables.items() if "prompt" not in v.dims}
+    for name in COLUMNS:
+        if name in plan["prompts"][0]:
+            values = [row.get(name, "") for row in plan["prompts"]]
+            fixed["prompt" if name == "prompt_id" else name] = xr.Variable("prompt", values)
+    many = {"prompt": 1}
     if plan["seeds"]:
-        seeds = {d: plan["seeds"] for d in ("seed", "seed_") if d in template.dims}
-        fixed, sizes = fixed.assign_coords(seeds), sizes | {d: len(plan["seeds"]) for d in seeds}
-        dims = ("prompt", "seed", "part", "byte")
-    fixed.to_zarr(folder, zarr_format=2, consolidated=False)
+        for dim in {"seed", "seed_"} & set(template.dims):
+            fixed[dim] = xr.Variable(dim, plan["seeds"])
+            sizes[dim], many[dim] = len(plan["seeds"]), plan.get("chunk", 50)
+    arrays, files = {}, {}
+    for name, v in fixed.items():
+        arrays[name] = Array(name, v.dims, v.shape, v.shape, v.dtype, "C", v.attrs)
+        files |= arrays[name].write(v.values, {}, lambda _: None)
+    parts = {name: v for name, v in template.data_vars.items() if "prompt" in v.dims}
+    dims = ("prompt", "seed", "part", "byte") if plan["seeds"] else ("prompt", "part", "byte")
     sums = xr.Variable(dims, np.empty([0] * len(dims), np.uint8), {"parts": list(parts)})
     sizes |= {"part": len(parts), "byte": 32}
-    group = zarr.open_group(folder, mode="r+", use_consolidated=False)
-    for name, value in {**parts, "sha256": sums}.items():
-        many = {"prompt": 1, "seed": PICTURES if name == "image" else SEEDS, "seed_": SEEDS}
-        group.create_array(
-            name,
-            shape=tuple(sizes[d] for d in value.dims),
-            chunks=tuple(many.get(d) or max(1, sizes[d]) for d in value.dims),
-            dtype=value.dtype,
-            order="C" if name == "image" else "F",
-            fill_value=np.nan if value.dtype.kind == "f" else None,
-            compressors=COMPRESSOR,
-            attributes={"_ARRAY_DIMENSIONS": list(value.dims), **value.attrs},
-        )
-    zarr.consolidate_metadata(folder, zarr_format=2)
+    for name, v in {**parts, "sha256": sums}.items():
+        picture = name == "image"
+        chunk = many | {"seed": PICTURES} if picture else many
+        shape = tuple(sizes[d] for d in v.dims)
+        chunks = tuple(chunk.get(d) or max(1, sizes[d]) for d in v.dims)
+        arrays[name] = Array(name, v.dims, shape, chunks, v.dtype, "C" if picture else "F", v.attrs)
+    coords = sorted({n for n in fixed if n not in sizes} & {*template.coords, *COLUMNS})
+    attrs = {**template.attrs, "coordinates": " ".join(coords)}
+    return files | group(arrays.values(), attrs)
 
 
-def _touched(name: str, array: zarr.Array, dims: tuple, p: int, seeds: tuple) -> list[str]:
-    """The files that hold a piece."""
-    keys = [()]
-    for dim, chunk in zip(dims, array.chunks, strict=True):
-        if dim == "prompt":
-            numbers = [p]
-        elif dim in ("seed", "seed_"):
-            numbers = sorted({s // chunk for s in seeds})
-        else:
-            numbers = [0]
-        keys = [(*key, n) for key in keys for n in numbers]
-    return [f"{name}/{'.'.join(map(str, key))}" for key in keys]
+def _arrays(metadata: bytes) -> dict[str, Array]:
+    known = json.loads(metadata)["metadata"]
+    names = [key.removesuffix("/.zarray") for key in known if key.endswith("/.zarray")]
+    return {name: Array.known(name, known) for name in names}

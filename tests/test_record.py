@@ -133,6 +133,58 @@ def test_a_failure_costs_its_task_alone(lab, pairs, whole, tmp_path, capsys, wor
     same(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("bad", [0, 4])
+def test_a_failure_costs_its_prompt_alone(lab, pairs, tmp_path, monkeypatch, bad):
+    """Of five prompts in a task one fails: the others have the bits they would have had."""
+    real, together, seen = memlib.sample.sample, SMALL | {"batch_size": 20}, []
+
+    def sample(model, captions, *rest):
+        seen.append(captions)
+        if pairs.caption[bad] in captions:
+            raise FloatingPointError("not finite")
+        return real(model, captions, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memlib.sample, "sample", sample)
+        summary = memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", **together)
+    assert (summary.done, summary.failed) == (PROMPTS - 1, {pairs.prompt_id[bad]: "not finite"})
+    assert [len(captions) for captions in seen[:-1]] == [20] * (len(seen) - 1)
+    assert len(seen) <= 8
+    assert memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", **together).done == 1
+    memlib.record(model=lab, pairs=pairs, address=tmp_path / "whole", **together)
+    same(tmp_path / "run", tmp_path / "whole")
+
+
+class OddError(Exception):
+    """It cannot be unpickled: its own arguments are not those of its message."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+def odd(
+    model, pairs, seeds=range(10), guidance_scale=7.5, sampler="ddim", steps=50, severity="sscd",
+    images=True, batch_size=20, progress=True,
+):  # fmt: skip
+    """As `reverse_trace`, but every prompt fails, one of them with an odd error."""
+    if "planted-001-1" in list(pairs.prompt_id):
+        raise OddError("flesh", "fell")
+    if len(pairs):
+        raise ValueError("plain")
+    return memlib.reverse_trace(
+        model, pairs, seeds, guidance_scale, sampler, steps, severity, images, batch_size, progress
+    )
+
+
+def test_an_error_that_cannot_travel(lab, pairs, tmp_path):
+    summary = memlib.record(
+        odd, model=lab, pairs=pairs.iloc[:2], address=tmp_path / "run", workers=2, **SMALL
+    )
+    assert summary.failed == {
+        pairs.prompt_id[0]: "plain", "planted-001-1": "OddError: flesh and fell",
+    }  # fmt: skip
+
+
 def test_failure_is_the_exit_status(lab, pairs, whole, tmp_path, monkeypatch, capsys):
     """Predictions that are not finite, for one prompt: the others are recorded; exit status 1."""
     real = memlib.sample.sample
