@@ -122,12 +122,10 @@ class Workload:
     def plain(self, sampler: str) -> None:
         """diffusers' own pipeline, its decoder as it comes."""
         self.pipe.scheduler = SAMPLERS[sampler].from_config(self.model.scheduler_config)
-        self.model.vae.disable_slicing()
         for _, captions, seeds in self.batches():
             generators = [torch.Generator().manual_seed(s) for s in seeds]
             self.pipe(captions, num_inference_steps=self.steps, generator=generators,
                       output_type="np")  # fmt: skip
-        self.model.vae.enable_slicing()
 
     def recorded(self, sampler: str) -> Path:
         """Everything the book needs, in a run on disk."""
@@ -145,7 +143,6 @@ class Workload:
         model, target = self.model, self.folder / "everything"
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
-        model.vae.disable_slicing()
         for n, captions, seeds in self.batches():
             scheduler = make_scheduler(model.scheduler_config, sampler, self.steps, model.dtype)
             generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -163,7 +160,9 @@ class Workload:
                 x = scheduler.step(eps_uncond + 7.5 * (eps_cond - eps_uncond), t, x, **more)
                 x = x.prev_sample
                 latents.append(x.cpu())
-            pictures = model.decode(x)
+            pictures = model.vae.decode(x / model.vae.config.scaling_factor).sample
+            pictures = self.pipe.image_processor.postprocess(pictures, output_type="np")
+            pictures = (pictures * 255).round().astype(np.uint8)
             kept = {"latents": latents, "eps_uncond": unconds, "eps_cond": conds}
             kept = {name: torch.stack(value) for name, value in kept.items()}
             for p in range(len(captions) // len(self.seeds)):
@@ -171,7 +170,6 @@ class Workload:
                 part = {name: value[:, mine].clone() for name, value in kept.items()}
                 part["pictures"] = torch.from_numpy(pictures[mine])
                 torch.save(part, target / f"{n + p}.pt")
-        model.vae.enable_slicing()
         return target
 
     def analyse_trace(self, run: Path) -> pd.DataFrame:

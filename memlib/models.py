@@ -63,6 +63,7 @@ CHECKPOINTS = {
 NAMES = ("lab", "exact", *CHECKPOINTS)
 SUPPORTED = "StableDiffusionPipeline with a U-Net that predicts epsilon, v or the sample"
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+DECODED = 2**12  # pixels that are decoded together
 WEIGHTS = (".safetensors", ".json", ".txt")  # what makes a model what it is
 
 
@@ -86,7 +87,6 @@ class DiffusersModel:
         # Once a block of this size was freed, glibc keeps what is freed. Before that it asks the
         # system for every buffer of every update anew (8 % of the lab's time on two cores).
         torch.ones(31 << 20, dtype=torch.uint8)
-        self.vae.enable_slicing()  # one picture at a time: decoding must not set the batch
         self.scheduler_config = dict(pipe.scheduler.config)
         size = pipe.unet.config.sample_size
         self.latent_shape = (pipe.unet.config.in_channels, size, size)
@@ -107,7 +107,8 @@ class DiffusersModel:
         text: torch.Tensor,
     ) -> Float[torch.Tensor, "batch channel height width"]:
         """The U-Net's output as it is (epsilon, v or sample)."""
-        x_t, text = x_t.to(self.unet.dtype), text.to(self.unet.dtype)
+        dtype = next(self.unet.parameters()).dtype  # diffusers' own looks at every parameter
+        x_t, text = x_t.to(dtype), text.to(dtype)
         out = self.unet(x_t, timestep, encoder_hidden_states=text, return_dict=False)[0]
         return out.to(self.dtype)
 
@@ -152,10 +153,15 @@ class DiffusersModel:
         self, latents: Float[torch.Tensor, "batch channel height width"]
     ) -> UInt8[np.ndarray, "batch y x rgb"]:
         """Pictures of latents, as diffusers' pipeline makes them."""
-        latents = latents.to(self.device, self.dtype)
-        x = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
-        images = self.pipe.image_processor.postprocess(x, output_type="np")
-        return (images * 255).round().astype(np.uint8)
+        latents = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor
+        # A few at a time, large ones one by one: decoding must not set the size of the batch.
+        together = max(1, DECODED // self.image_size**2)
+        pictures = []
+        for part in latents.tensor_split(-(-len(latents) // together)):
+            x = self.vae.decode(part, return_dict=False)[0]
+            images = self.pipe.image_processor.postprocess(x, output_type="np")
+            pictures.append((images * 255).round().astype(np.uint8))
+        return np.concatenate(pictures)
 
     @torch.no_grad()
     def checkpoint(self, folder: str | Path) -> DiffusersModel:
