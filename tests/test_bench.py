@@ -21,8 +21,9 @@ def test_both_ways_give_the_same_numbers(load):
     """From inner products on disk, and from all vectors on disk: only rounding differs."""
     ours = load.analyse_trace(load.recorded("ddim"))
     theirs = load.analyse_everything(load.everything("ddim"))
-    assert list(ours) == list(theirs) == ["D1", "D2", "cosine", "spread"]
-    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert sorted(ours) == sorted(theirs)
+    assert len(ours.columns) == 14  # with three of the first states
+    np.testing.assert_allclose(ours, theirs[list(ours)], rtol=1e-9, atol=1e-9)
     assert (ours.abs() > 1e-3).to_numpy().all()  # nothing of it is trivially equal
 
 
