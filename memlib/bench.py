@@ -227,7 +227,7 @@ class Workload:
                 row[f"D2, {name}"] = -_sums(w_T - torch.from_numpy(table["w_T"])[:, None])[-1]
             schedule = torch.from_numpy(expected["schedule"]["w_0"])[:, None]
             row["D1, own end"] = _sums(own - schedule)[-1]
-            row |= {f"D1, first {f}": d["schedule"][f - 1] for f in FIRSTS if f <= self.steps}
+            row |= {f"D1, first {f}": d["schedule"][f - 1] for f in FIRSTS if f < self.steps}
             rows.append({name: float(value) for name, value in row.items()})
         return pd.DataFrame(rows)
 
@@ -543,13 +543,17 @@ def predictors(trace: xr.Dataset) -> pd.DataFrame:
     table["k, first"] = memlib.overestimation(trace.isel(step=[0]), 1.0).mean(("seed", "step"))
     table["spread"] = -memlib.spread(trace.isel(step=[-1]))[:, 0]
     table["end"] = memlib.cosine(trace.isel(step=[0]), "x_gen", "x_0").mean(("seed", "step"))
-    for reference in ("schedule", "oracle"):
-        found = memlib.deviations(trace, reference=reference)
-        table |= {f"{d}, {reference}": found[d] for d in ("D1", "D2")}
-    table["D1, own end"] = memlib.deviations(trace, basis="x_gen").D1
-    for first in (n for n in FIRSTS if n < trace.sizes["step"]):
-        part = trace.isel(step=slice(first + 1))
-        table[f"D1, first {first}"] = memlib.deviations(part).D1
+    found = memlib.weights(trace).mean("seed")
+    own = memlib.weights(trace, "x_gen").mean("seed")
+    for name in ("schedule", "oracle"):
+        expected = memlib.reference_weights(trace, name)
+        sums = (found - expected).isel(step=slice(1, None)).cumsum("step", skipna=False)
+        table |= {f"D1, {name}": sums.w_0[:, -1], f"D2, {name}": -sums.w_T[:, -1]}
+        if name == "schedule":
+            table["D1, own end"] = (own.w_0 - expected.w_0)[:, 1:].sum("step")
+            table |= {
+                f"D1, first {n}": sums.w_0[:, n - 1] for n in FIRSTS if n < sums.sizes["step"]
+            }
     return pd.DataFrame({name: np.asarray(values) for name, values in table.items()})
 
 

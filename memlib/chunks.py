@@ -87,6 +87,9 @@ class Array:
         for dim, size, chunk in zip(self.dims, self.shape, self.chunks, strict=True):
             positions = np.asarray(at.get(dim, range(size)), int)
             numbers = positions // chunk
+            if chunk == 1:
+                each.append([(p, slice(0, 1), slice(n, n + 1)) for n, p in enumerate(positions)])
+                continue
             order = np.argsort(numbers, kind="stable")
             groups = np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1)
             each.append([(numbers[g[0]], _span(positions[g] % chunk), _span(g)) for g in groups])

@@ -103,6 +103,9 @@ class Run:
 
     def _get(self, key: str) -> bytes | None:
         try:
+            if self.local:
+                with open(f"{self.root}/{key}", "rb", buffering=0) as file:
+                    return file.readall()
             return self.fs.cat_file(f"{self.root}/{key}")
         except FileNotFoundError:
             return None
