@@ -624,16 +624,15 @@ GOALS = {  # of the design: path in the results, sign, limit
     "recorded / plain, DDIM": (("recording", "ddim", "ratio"), "<=", 1.05),
     "recorded / plain, DDPM": (("recording", "ddpm", "ratio"), "<=", 1.05),
     "recorded / everything, whole": (("everything", "whole", "ratio"), "<=", 1.0),
-    "everything / recorded, analysis, lab's size": (
-        ("everything", "analysis at the lab's size", "warm", "ratio"),
-        ">=",
-        20,
-    ),
-    "everything / recorded, analysis, SD's size": (
-        ("everything", "analysis at SD size", "warm", "ratio"),
-        ">=",
-        20,
-    ),
+    **{
+        f"everything / recorded, analysis, {size}, {state}": (
+            ("everything", f"analysis at {size}", state, "ratio"),
+            ">=",
+            20,
+        )
+        for size in ("the lab's size", "SD size")
+        for state in ("warm", "cold")
+    },
     "recorded / everything, peak memory": (("everything", "peak ratio"), "<=", 0.5),
     "everything / recorded, bytes at 16,384": (("everything", "bytes ratio at 16,384"), ">=", 300),
     "one worker / two": (("workers", "speed-up"), ">=", 1.8),

@@ -63,7 +63,7 @@ CHECKPOINTS = {
 NAMES = ("lab", "exact", *CHECKPOINTS)
 SUPPORTED = "StableDiffusionPipeline with a U-Net that predicts epsilon, v or the sample"
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-DECODED = 2**14  # pixels that are decoded together
+DECODED = 2**15  # pixels that are decoded together
 WEIGHTS = (".safetensors", ".json", ".txt")  # what makes a model what it is
 
 

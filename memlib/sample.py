@@ -126,7 +126,9 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
         else:
             x = scheduler.step(out, t, x).prev_sample
         kept["x_t"][i + 1] = x
-    if not all(torch.isfinite(tensor).all() for tensor in kept.values()):
+    # A state that is not finite stays so: the last one tells of all.
+    last = (kept["x_t"][-1], kept["eps_uncond"], kept["eps_cond"])
+    if not all(torch.isfinite(tensor).all() for tensor in last):
         raise FloatingPointError(_not_finite(model))
     return kept
 
