@@ -543,8 +543,8 @@ def predictors(trace: xr.Dataset) -> pd.DataFrame:
     table["k, first"] = memlib.overestimation(trace.isel(step=[0]), 1.0).mean(("seed", "step"))
     table["spread"] = -memlib.spread(trace.isel(step=[-1]))[:, 0]
     table["end"] = memlib.cosine(trace.isel(step=[0]), "x_gen", "x_0").mean(("seed", "step"))
-    found = memlib.weights(trace).mean("seed")
-    own = memlib.weights(trace, "x_gen").mean("seed")
+    found = memlib.weights(trace)[["w_0", "w_T"]].mean("seed")
+    own = memlib.weights(trace, "x_gen")[["w_0"]].mean("seed")
     for name in ("schedule", "oracle"):
         expected = memlib.reference_weights(trace, name)
         sums = (found - expected).isel(step=slice(1, None)).cumsum("step", skipna=False)

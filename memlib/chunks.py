@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from numcodecs import Zstd
+from numcodecs import Zstd, get_codec
+from numcodecs.abc import Codec
 
 # In order F the same number of all seeds and steps lies together, so the symmetric half, zeros
 # and what never changes cost next to nothing; zstd adds a checksum of its own.
@@ -33,21 +33,23 @@ class Array:
     dtype: np.dtype
     order: str = "F"
     attrs: dict = field(default_factory=dict)
+    compressor: Codec = field(default_factory=lambda: COMPRESSOR)
 
     @classmethod
     def known(cls, name: str, metadata: dict) -> Array:
         """An array from the consolidated metadata of its group."""
         layout, attrs = metadata[f"{name}/.zarray"], dict(metadata[f"{name}/.zattrs"])
         dims, shape, chunks = attrs.pop(DIMS), layout["shape"], layout["chunks"]
-        dtype = np.dtype(layout["dtype"])
-        return cls(name, tuple(dims), tuple(shape), tuple(chunks), dtype, layout["order"], attrs)
+        dtype, codec = np.dtype(layout["dtype"]), get_codec(layout["compressor"])
+        sizes = tuple(dims), tuple(shape), tuple(chunks)
+        return cls(name, *sizes, dtype, layout["order"], attrs, codec)
 
     def metadata(self) -> dict[str, dict]:
         """What stands in its two files of metadata."""
         layout = {
             "zarr_format": 2, "shape": self.shape, "chunks": self.chunks, "dtype": self.dtype.str,
             "fill_value": "NaN" if self.dtype.kind == "f" else None, "order": self.order,
-            "filters": None, "compressor": COMPRESSOR.get_config(), "dimension_separator": ".",
+            "filters": None, "compressor": self.compressor.get_config(), "dimension_separator": ".",
         }  # fmt: skip
         attrs = {DIMS: self.dims, **self.attrs}
         return {f"{self.name}/.zarray": layout, f"{self.name}/.zattrs": attrs}
@@ -57,26 +59,32 @@ class Array:
 
         In memory as in the files, one prompt after the other: chunks are copied in one go.
         """
-        first, rest = tuple(shape)[:1], tuple(shape)[1:]
-        nothing = np.nan if self.dtype.kind == "f" else np.zeros((), self.dtype)
+        values = self._room(shape)
+        values[...] = self._nothing
+        return values
+
+    @property
+    def _nothing(self):
+        return np.nan if self.dtype.kind == "f" else np.zeros((), self.dtype)
+
+    def _room(self, shape: Iterable[int]) -> np.ndarray:
+        first, *rest = tuple(shape) or (1,)
         if self.order == "C" or not rest:
-            return np.full(first + rest, nothing, self.dtype)
-        turned = np.full(first + rest[::-1], nothing, self.dtype)
+            return np.empty(tuple(shape), self.dtype)
+        turned = np.empty((first, *rest[::-1]), self.dtype)
         return turned.transpose(0, *range(len(rest), 0, -1))
 
     def encode(self, block: np.ndarray) -> bytes:
         """A chunk as it lies in its file."""
-        return COMPRESSOR.encode(block.reshape(-1, order=self.order))
+        return self.compressor.encode(block.reshape(-1, order=self.order))
 
     def decode(self, data: bytes) -> np.ndarray:
         """The chunk of a file; ValueError where it is not one."""
         try:
-            values = np.frombuffer(COMPRESSOR.decode(data), self.dtype)
-        except RuntimeError as error:
+            values = np.frombuffer(self.compressor.decode(data), self.dtype)
+            return values.reshape(self.chunks, order=self.order)
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"{self.name} cannot be read: {error}") from error
-        if values.size != math.prod(self.chunks):
-            raise ValueError(f"{self.name} cannot be read: it is of another size")
-        return values.reshape(self.chunks, order=self.order)
 
     def parts(self, at: dict[str, Iterable[int]]) -> Iterator[tuple[str, tuple, tuple]]:
         """The files that hold these positions (of a dim that is not named: all).
@@ -114,10 +122,10 @@ class Array:
     def read(self, at: dict, data: Callable[[str], bytes | None]) -> np.ndarray:
         """The values at these positions; `data` gives the content of a file."""
         shape = [len(at.get(d, range(n))) for d, n in zip(self.dims, self.shape, strict=True)]
-        values = self.empty(shape)
+        values = self._room(shape)
         for key, inside, outside in self.parts(at):
-            if (found := data(key)) is not None:
-                values[outside] = self.decode(found)[inside]
+            found = data(key)
+            values[outside] = self._nothing if found is None else self.decode(found)[inside]
         return values
 
 

@@ -369,12 +369,12 @@ class Run:
         with self._writing():
             self._still_here()
             with self._locked():
-                files: dict = {}
+                files, old = {}, self._getter(self.arrays.values(), at)
                 for name, value in piece.items():
-                    files |= self.arrays[name].write(value.values[None], at, self._get)
+                    files |= self.arrays[name].write(value.values[None], at, old)
                 if not task.seeds:
                     sums = sums[0]
-                last = self.arrays["sha256"].write(sums[None], at, self._get)
+                last = self.arrays["sha256"].write(sums[None], at, old)
                 self._publish(files, last)
 
     def _digests(self, p: int, seeds: tuple[int, ...], name: str, value) -> Iterator[bytes]:
@@ -602,6 +602,7 @@ def _header(plan: dict, template: xr.Dataset) -> dict[str, bytes]:
             sizes[dim], many[dim] = len(plan["seeds"]), plan.get("chunk", 50)
     arrays, files = {}, {}
     for name, v in fixed.items():
+        v = v.astype(str) if v.dtype.kind == "O" else v  # a column of texts and gaps
         arrays[name] = Array(name, v.dims, v.shape, v.shape, v.dtype, "C", v.attrs)
         files |= arrays[name].write(v.values, {}, lambda _: None)
     parts = {name: v for name, v in template.data_vars.items() if "prompt" in v.dims}
