@@ -557,6 +557,23 @@ def test_unknown_schema(lab, pairs, run):
     assert contents(run) == before
 
 
+def test_a_run_of_an_older_memlib(lab, pairs, tmp_path, monkeypatch, sampled):
+    """Its plan does not say how many seeds share a chunk: 50 did. It is read, and grows."""
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "SEEDS", (50, 50))
+        again(lab, pairs.iloc[:2], tmp_path / "run")
+    plan = json.loads((tmp_path / "run/plan.json").read_text())["plan"]
+    assert plan.pop("chunk") == 50
+    for name in ("plan.json", ".plan.json"):
+        (tmp_path / "run" / name).write_bytes(store._plan_file(plan))
+    before = memlib.open_run(tmp_path / "run").load()
+    sampled.clear()
+    summary = again(lab, pairs.iloc[:3], tmp_path / "run")
+    assert (summary.done, summary.skipped, len(sampled)) == (1, 2, SEEDS)
+    assert memlib.verify(tmp_path / "run").ok
+    agree(memlib.open_run(tmp_path / "run").isel(prompt=[0, 1]), before)
+
+
 @pytest.mark.parametrize("kind", ["thesis", "old trace"])
 def test_folder_of_something_else(lab, pairs, tmp_path, whole, sampled, kind):
     if kind == "thesis":
