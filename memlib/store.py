@@ -168,10 +168,8 @@ class Run:
             for n, (key, data) in enumerate(files):
                 with open(self._staging / str(n), "wb") as file:
                     file.write(data)
-                    if key in (
-                        PLAN,
-                        COPY,
-                    ):  # the rest has checksums: what a power cut takes is redone
+                    # The rest has checksums: what a power cut takes of it is redone.
+                    if key in (PLAN, COPY):
                         file.flush()
                         os.fsync(file.fileno())
             for n, (key, _) in enumerate(files):
@@ -461,14 +459,12 @@ class Run:
                     continue
                 if lazy is None:
                     lazy = xr.open_dataset(self.address, engine="zarr", chunks=None)
-                    lazy = lazy.isel(
-                        {d: n for d, n in at.items() if n != list(range(lazy.sizes[d]))}
-                    )
+                    there = {d: n for d, n in at.items() if n != list(range(lazy.sizes.get(d, 0)))}
+                    lazy = lazy.isel(there, missing_dims="ignore")
                 found[name] = lazy[name].variable
         attrs = json.loads(self._get(".zattrs"))
-        coords = {
-            *attrs.pop("coordinates").split(),
-            *(n for n, v in found.items() if v.dims == (n,)),
+        coords = {*attrs.pop("coordinates").split()} | {
+            n for n, v in found.items() if v.dims == (n,)
         }
         return xr.Dataset(found, attrs=attrs).set_coords(coords)
 

@@ -557,6 +557,23 @@ def test_unknown_schema(lab, pairs, run):
     assert contents(run) == before
 
 
+def test_what_is_large_is_read_when_it_is_used(lab, pairs, run, whole, monkeypatch):
+    """All of it or a part, in any order: as if it had been read at once."""
+    near = memlib.open_run(run)
+    monkeypatch.setattr(store, "LARGE", 0)
+    far, part = memlib.open_run(run), Run(run)
+    part.plan = part.read_plan()
+    few = part.read([part.plan["prompts"][n] for n in (4, 1)], [3, 0])
+    for trace in (far, few):
+        assert not trace.image.variable._in_memory
+        assert not trace.pair_distance.variable._in_memory
+        assert trace.gram.variable._in_memory
+    assert near.image.variable._in_memory
+    xr.testing.assert_identical(far.load(), near)
+    chosen = dict(prompt=[4, 1], seed=[3, 0], seed_=[3, 0])
+    xr.testing.assert_identical(few.load(), near.isel(chosen))
+
+
 def test_a_run_of_an_older_memlib(lab, pairs, tmp_path, monkeypatch, sampled):
     """Its plan does not say how many seeds share a chunk: 50 did. It is read, and grows."""
     with monkeypatch.context() as patch:
