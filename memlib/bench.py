@@ -259,8 +259,26 @@ def recording(model: str, rounds: int) -> dict:
     for sampler in SAMPLERS:
         ways = {w: partial(getattr(load, w), sampler) for w in ("recorded", "plain")}
         found[sampler] = ratio(alternate(ways, rounds, sampler), "recorded", "plain")
+    found["share of the U-Net"] = _unet_share(load)
     shutil.rmtree(load.folder)
     return found
+
+
+def _unet_share(load: Workload) -> float:
+    """How much of the plain pipeline's time is spent in calls of its U-Net."""
+    begun, spent = [], []
+    hooks = (
+        load.pipe.unet.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter())),
+        load.pipe.unet.register_forward_hook(
+            lambda *_: spent.append(time.perf_counter() - begun[-1])
+        ),
+    )
+    start = time.perf_counter()
+    load.plain("ddim")
+    whole = time.perf_counter() - start
+    for hook in hooks:
+        hook.remove()
+    return sum(spent) / whole
 
 
 def everything(model: str, rounds: int) -> dict:

@@ -38,6 +38,10 @@ def test_the_invented_run_is_a_run(tmp_path, sampler):
     assert found["D1, schedule, low"] <= found["D1, schedule"] <= found["D1, schedule, high"]
 
 
+def test_the_share_of_the_unet_is_a_share(load):
+    assert 0 < bench._unet_share(load) < 1
+
+
 def test_a_goal_that_is_missed_says_so():
     results = {"recording": {"ddim": {"ratio": 1.2}, "ddpm": {"ratio": 1.0}}}
     table = bench.goals(results).set_index("quantity")
