@@ -18,7 +18,7 @@ from numcodecs.abc import Codec
 
 # In order F the same number of all seeds and steps lies together, so the symmetric half, zeros
 # and what never changes cost next to nothing; zstd adds a checksum of its own.
-COMPRESSOR = Zstd(level=3, checksum=True)
+COMPRESSOR = Zstd(level=6, checksum=True)
 DIMS = "_ARRAY_DIMENSIONS"  # where xarray looks for them
 
 

@@ -62,13 +62,37 @@ def add(first: Combination, second: Combination, factor: Number = 1.0) -> Combin
 
 
 def inner(trace: xr.Dataset, u: str | Combination, v: str | Combination) -> xr.DataArray:
-    """Inner product of two vectors, over (prompt, seed or draw, step)."""
+    """Inner product of two vectors, over (prompt, seed or draw, step).
+
+    Raises
+    ------
+    ValueError
+        A coefficient is over other steps, prompts or seeds than the trace.
+    """
     u, v = combination(trace, u), combination(trace, v)
-    terms = (
-        a * b * trace.gram.sel(vec=i, vec_=j, drop=True) for i, a in u.items() for j, b in v.items()
-    )
-    dims = [dim for dim in trace.gram.dims if dim not in ("vec", "vec_")]
-    return sum(terms).transpose(*dims)
+    known = trace.gram.isel(vec=0, vec_=0, drop=True)
+    u, v = ({name: _bare(c, known) for name, c in part.items()} for part in (u, v))
+    terms = (a * b * _entry(trace, i, j) for i, a in u.items() for j, b in v.items())
+    return known.copy(data=sum(terms).transpose(*known.dims).values)
+
+
+def _entry(trace: xr.Dataset, i: str, j: str) -> xr.Variable:
+    """One inner product without its coordinates: to align them takes longer than to add."""
+    row, column = (trace[d].to_index().get_loc(n) for d, n in (("vec", i), ("vec_", j)))
+    return trace.gram.variable.isel(vec=row, vec_=column)
+
+
+def _bare(coefficient: Number, known: xr.DataArray) -> float | xr.Variable:
+    if not isinstance(coefficient, xr.DataArray):
+        return coefficient
+    try:
+        xr.align(known, coefficient, join="exact", copy=False)
+    except ValueError as error:
+        raise ValueError(
+            "a coefficient is over other steps, prompts or seeds than the trace: cut the trace "
+            "first, then compute the coefficient from it"
+        ) from error
+    return coefficient.variable
 
 
 def norm(trace: xr.Dataset, u: str | Combination) -> xr.DataArray:
@@ -90,7 +114,7 @@ def least_squares(
     A basis vector that is 0 (fresh noise before the first update) gets coefficient 0. Where a
     vector was not recorded the result is NaN.
     """
-    gram = [[trace.gram.sel(vec=i, vec_=j, drop=True).values for j in basis] for i in basis]
+    gram = [[_entry(trace, i, j).values for j in basis] for i in basis]
     right = [inner(trace, b, target) for b in basis]
     square = inner(trace, target, target)
     fit, explained = _solve(gram, [r.values for r in right])

@@ -67,6 +67,10 @@ def test_unknown_names_in_the_algebra(lab):
         (lambda: memlib.spread(trace), "at least 2 seeds"),
         (lambda: memlib.reference_weights(trace.isel(step=[1, 2]), "oracle"), "first state"),
         (lambda: memlib.deviations(trace.isel(step=[1, 2])), "first state"),
+        (
+            lambda: memlib.norm(trace.isel(step=[0, 2]), memlib.x0_hat(trace.isel(step=[0, 1]))),
+            "cut the trace first",
+        ),
     ):
         with pytest.raises((KeyError, ValueError)) as error:
             call()
