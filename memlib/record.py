@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import socket
+import statistics
 import sys
 import tempfile
 import threading
@@ -33,6 +34,8 @@ from memlib.store import Run, Task, prompt_rows
 
 ENGINES = ("local", "ray")
 ATTEMPTS = 3  # a task whose worker dies so often is given up
+LATE = 2.0  # times the median: a task that takes longer is begun once more by a worker that is idle
+GRACE = 10.0  # seconds for a worker to end
 
 
 @dataclass
@@ -105,8 +108,8 @@ class Here:
         self.depth = 1 if model.device.type == "cpu" else 2
         self.helper = ThreadPoolExecutor(1)
 
-    def room(self, _left: int) -> bool:
-        return len(self.waiting) < self.depth
+    def room(self, left: int) -> bool:
+        return left > 0 and len(self.waiting) < self.depth
 
     def submit(self, task: Task, rows: pd.DataFrame, seeds: list[int]) -> None:
         future: Future = Future()
@@ -227,6 +230,8 @@ class Processes:
             if worker["tasks"]:
                 worker["process"].terminate()
         for worker in self.workers:
+            worker["process"].join(GRACE)
+            worker["process"].kill()  # one that hangs
             worker["process"].join()
 
 
@@ -523,8 +528,14 @@ def record(
                 summary.skipped += p in files
             elif p in files:
                 todo.setdefault(task, []).append(p)
-        _work(run, todo, job, kernel, (engine, workers, ray_address), pairs, files, summary,
-              progress, strict)  # fmt: skip
+        if todo:
+            total = sum(_images(task) * len(wanted) for task, wanted in todo.items())
+            with contextlib.ExitStack() as stack:
+                bar = _Progress(total, function.__name__.split("_")[0], progress)
+                stack.callback(bar.bar.close)
+                pool = _engine(job, kernel, engine, workers, ray_address)
+                stack.callback(pool.close)
+                _Work(run, todo, pairs, files, summary, bar, strict).all(pool)
     summary.seconds = time.monotonic() - begun
     if strict and summary.error:
         raise summary.error
@@ -535,64 +546,105 @@ def _asked(task: Task, columns: set[int]) -> bool:
     return not task.seeds or bool(columns & set(task.seeds))
 
 
-def _work(run, todo, job, model, where, pairs, files, summary, progress, strict) -> None:
-    """Hand out tasks until none is left; publish what comes back."""
-    if not todo:
-        return
-    images = {task: max(1, len(task.seeds)) for task in todo}  # of each prompt
-    total = sum(images[task] * len(wanted) for task, wanted in todo.items())
-    bar = _Progress(total, job.function.__name__.split("_")[0], progress)
-    queue = [(task, wanted, False) for task, wanted in todo.items()]
-    handed_out, attempts = {}, dict.fromkeys(todo, 0)
-    workers = _engine(job, model, *where)
-    try:
-        while queue or handed_out:
-            for unit in list(queue):
-                if not workers.room(len(queue)):
+@dataclass
+class _InHand:
+    """A part of a task that a worker has; or two, where the first is late."""
+
+    wanted: list[int]
+    apart: bool  # its prompts may have failed with others: they are sampled without them
+    give_up: Callable[[], None]
+    arguments: tuple
+    copies: int = 1
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.since
+
+
+class _Work:
+    """Tasks are handed out until none is left; what comes back is published."""
+
+    def __init__(self, run: Run, todo: dict[Task, list[int]], pairs, files, summary, bar, strict):
+        self.run, self.pairs, self.files = run, pairs, files
+        self.summary, self.bar, self.strict = summary, bar, strict
+        self.queue = [(task, wanted, False) for task, wanted in todo.items()]
+        self.attempts = dict.fromkeys(todo, 0)
+        self.in_hand: dict[Task, _InHand] = {}
+        self.took: list[float] = []
+
+    def all(self, workers) -> None:
+        while self.queue or self.in_hand:
+            for unit in list(self.queue):
+                if not workers.room(len(self.queue)):
                     break
-                task, wanted, apart = unit
-                give_up = None if task in handed_out else run.claim(task)
-                if give_up is None:  # another process is at it, or another part of it is
-                    continue
-                queue.remove(unit)
-                left = {p for _, p, state in run.check([task]) if state != "done"}
-                still = [p for p in wanted if p in left]
-                if there := len(wanted) - len(still):  # another process has done it meanwhile
-                    summary.skipped += there
-                    bar.update(images[task] * there)
-                if not still:
-                    give_up()
-                    continue
-                handed_out[task] = still, apart, give_up
-                # Others of the task are sampled, too, for the same bits in the same place of a
-                # batch of the same size; one that was not given, or may have failed, has a stand-in
-                others = still if apart else files
-                rows = [files[p if p in others else still[0]] for p in task.prompts]
-                seeds = [run.plan["seeds"][s] for s in task.seeds]
-                workers.submit(task, pairs.iloc[rows], seeds)
+                self._hand_out(workers, unit)
+            if not self.queue and workers.room(0) and (task := self._late()):
+                self.in_hand[task].copies += 1  # its worker may hang: whoever is first counts
+                workers.submit(task, *self.in_hand[task].arguments)
             for task, result in workers.wait():
-                wanted, apart, give_up = handed_out.pop(task)
-                lost, half = isinstance(result, LostWorkerError), len(wanted) // 2
-                try:
-                    if lost and attempts[task] + 1 < ATTEMPTS:
-                        attempts[task] += 1
-                        queue.insert(0, (task, wanted, apart))
-                    elif isinstance(result, Exception) and half and not (lost or strict):
-                        queue[:0] = [(task, part, True) for part in (wanted[:half], wanted[half:])]
-                    elif isinstance(result, Exception):
-                        names = [run.plan["prompts"][p]["prompt_id"] for p in wanted]
-                        summary.failed |= dict.fromkeys(names, first_line(result))
-                        summary.error = summary.error or result
-                        bar.update(images[task] * len(wanted), failed=len(names))
-                    else:
-                        for p in wanted:
-                            run.put(task, p, result.isel(prompt=task.prompts.index(p), drop=True))
-                            summary.done += 1
-                            bar.update(images[task])
-                finally:
-                    give_up()
-                if strict and summary.error:
+                if task not in self.in_hand:  # the other worker was first
+                    continue
+                if isinstance(result, Exception) and self.in_hand[task].copies > 1:
+                    self.in_hand[task].copies -= 1
+                    continue
+                self._take(task, result)
+                if self.strict and self.summary.error:
                     return
-    finally:
-        workers.close()
-        bar.bar.close()
+
+    def _hand_out(self, workers, unit: tuple) -> None:
+        task, wanted, apart = unit
+        give_up = None if task in self.in_hand else self.run.claim(task)
+        if give_up is None:  # another process is at it, or another part of it is in hand
+            return
+        self.queue.remove(unit)
+        left = {p for _, p, state in self.run.check([task]) if state != "done"}
+        still = [p for p in wanted if p in left]
+        if there := len(wanted) - len(still):  # another process has done it meanwhile
+            self.summary.skipped += there
+            self.bar.update(_images(task) * there)
+        if not still:
+            give_up()
+            return
+        # Others of the task are sampled, too, for the same bits in the same place of a batch of
+        # the same size; one that was not given, or may have failed, has a stand-in.
+        others = still if apart else self.files
+        rows = [self.files[p if p in others else still[0]] for p in task.prompts]
+        arguments = self.pairs.iloc[rows], [self.run.plan["seeds"][s] for s in task.seeds]
+        self.in_hand[task] = _InHand(still, apart, give_up, arguments)
+        workers.submit(task, *arguments)
+
+    def _late(self) -> Task | None:
+        """A task that takes far longer than others did, and that only one worker has."""
+        limit = LATE * statistics.median(self.took) if self.took else float("inf")
+        late = (t for t, hand in self.in_hand.items() if hand.copies == 1 and hand.seconds > limit)
+        return next(late, None)
+
+    def _take(self, task: Task, result: xr.Dataset | Exception) -> None:
+        hand = self.in_hand.pop(task)
+        wanted, half = hand.wanted, len(hand.wanted) // 2
+        lost = isinstance(result, LostWorkerError)
+        try:
+            if lost and self.attempts[task] + 1 < ATTEMPTS:
+                self.attempts[task] += 1
+                self.queue.insert(0, (task, wanted, hand.apart))
+            elif isinstance(result, Exception) and half and not (lost or self.strict):
+                self.queue[:0] = [(task, part, True) for part in (wanted[:half], wanted[half:])]
+            elif isinstance(result, Exception):
+                names = [self.run.plan["prompts"][p]["prompt_id"] for p in wanted]
+                self.summary.failed |= dict.fromkeys(names, first_line(result))
+                self.summary.error = self.summary.error or result
+                self.bar.update(_images(task) * len(wanted), failed=len(names))
+            else:
+                self.took.append(hand.seconds)
+                for p in wanted:
+                    self.run.put(task, p, result.isel(prompt=task.prompts.index(p), drop=True))
+                    self.summary.done += 1
+                    self.bar.update(_images(task))
+        finally:
+            hand.give_up()
+
+
+def _images(task: Task) -> int:
+    """Images of each prompt; a forward trace counts as one."""
+    return max(1, len(task.seeds))

@@ -1,6 +1,7 @@
 """Many workers, one run: processes and Ray actors that die, fail, or are interrupted."""
 
 import contextlib
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -104,6 +105,81 @@ def test_a_task_that_kills_its_worker(lab, pairs, tmp_path, monkeypatch):
     assert summary.failed == {"planted-001-1": "its worker died (exit -9)"}
     report = memlib.verify(tmp_path / "run")
     assert (report.ok, report.done, report.missing) == (True, PROMPTS - 1, 1)
+
+
+def hanging(
+    model, pairs, seeds=range(10), guidance_scale=7.5, sampler="ddim", steps=50, severity="sscd",
+    images=True, batch_size=20, progress=True,
+):  # fmt: skip
+    """As `reverse_trace`, but the first process that samples the second prompt stops for ever."""
+    if "planted-001-1" in list(pairs.prompt_id):
+        with contextlib.suppress(FileExistsError):
+            Path(os.environ["HANGING"]).touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGSTOP)
+    return memlib.reverse_trace(
+        model, pairs, seeds, guidance_scale, sampler, steps, severity, images, batch_size, progress
+    )
+
+
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_a_worker_that_hangs(lab, pairs, whole, tmp_path, monkeypatch, engine):
+    """It holds up nobody: another does its task, too, and it is ended with the rest."""
+    if engine == "ray":
+        pytest.importorskip("ray")
+    monkeypatch.setenv("HANGING", str(tmp_path / "hangs"))
+    monkeypatch.setattr(record, "GRACE", 1.0)
+    kind, sent = Processes if engine == "local" else OnRay, []
+    submit = kind.submit
+
+    def note(self, task, *more):
+        sent.append(task.number)
+        submit(self, task, *more)
+
+    monkeypatch.setattr(kind, "submit", note)
+    summary = memlib.record(
+        hanging, model=lab, pairs=pairs, address=tmp_path / "run", engine=engine, workers=2, **SMALL
+    )
+    assert (tmp_path / "hangs").exists()
+    assert (summary.done, summary.failed) == (PROMPTS, {})
+    assert sent.count(1) == 2
+    assert set(sent) == set(range(PROMPTS))
+    if engine == "local":
+        assert multiprocessing.active_children() == []
+    # the function's name is in the plan, and in what the checksums are of
+    ours, theirs = memlib.open_run(tmp_path / "run").load(), memlib.open_run(whole).load()
+    assert all(ours[n].values.tobytes() == theirs[n].values.tobytes() for n in theirs.variables)
+
+
+def test_what_comes_second_is_dropped(lab, pairs, whole, tmp_path, monkeypatch):
+    """A late task is in two hands; the first result counts, an error only if both have one."""
+    monkeypatch.setattr(record, "LATE", 0.0)
+    real, held, sent = Here.submit, [], []
+
+    class Two(Here):
+        """Keeps the answers of the last task until there are two, and adds errors around them."""
+
+        def room(self, left):
+            return not self.waiting and len(held) < 2
+
+        def submit(self, task, *more):
+            sent.append(task.number)
+            real(self, task, *more)
+            if task.number == PROMPTS - 1:
+                held.append(self.waiting.pop())
+
+        def wait(self):
+            if len(held) != 2:
+                yield from super().wait()
+                return
+            (task, future), late = held[0], ValueError("the late one")
+            held.append(None)
+            yield from ((task, late), (task, future.result()), (task, late))
+
+    monkeypatch.setattr(record, "Here", Two)
+    summary = memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", **SMALL)
+    assert sent == [*range(PROMPTS), PROMPTS - 1]
+    assert (summary.done, summary.failed) == (PROMPTS, {})
+    same(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize("workers", [None, 2])
