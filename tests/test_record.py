@@ -126,6 +126,7 @@ def test_a_worker_that_hangs(lab, pairs, whole, tmp_path, monkeypatch, engine):
     """It holds up nobody: another does its task, too, and it is ended with the rest."""
     if engine == "ray":
         pytest.importorskip("ray")
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # its workers find `hanging`
     monkeypatch.setenv("HANGING", str(tmp_path / "hangs"))
     monkeypatch.setattr(record, "GRACE", 1.0)
     kind, sent = Processes if engine == "local" else OnRay, []
