@@ -127,8 +127,9 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
             x = scheduler.step(out, t, x).prev_sample
         kept["x_t"][i + 1] = x
     # A state that is not finite stays so: the last one tells of all.
+    # So does a sum, and it takes a tenth of the time of a test of every number.
     last = (kept["x_t"][-1], kept["eps_uncond"], kept["eps_cond"])
-    if not all(torch.isfinite(tensor).all() for tensor in last):
+    if not all(tensor.sum(dtype=torch.float64).isfinite() for tensor in last):
         raise FloatingPointError(_not_finite(model))
     return kept
 
@@ -171,9 +172,12 @@ def _contract(kept: dict, x_0: torch.Tensor) -> np.ndarray:
 
 def _pair_distances(x: torch.Tensor) -> np.ndarray:
     """Distances between the seeds of one prompt, [state, seed, seed_]; x is [state, seed, ...]."""
-    mode = "donot_use_mm_for_euclid_dist"
-    states = (state.double() for state in x.flatten(2))
-    return torch.stack([torch.cdist(s, s, compute_mode=mode) for s in states]).cpu().numpy()
+    count = x.shape[1]
+    distances = x.new_zeros((len(x), count, count), dtype=torch.float64)
+    above = torch.triu_indices(count, count, 1)
+    for between, state in zip(distances, x.flatten(2), strict=True):
+        between[*above] = torch.pdist(state.double())
+    return (distances + distances.mT).cpu().numpy()
 
 
 def _targets(model, pairs: pd.DataFrame) -> torch.Tensor:
@@ -261,9 +265,8 @@ def reverse_trace(
     if severity is not None:
         descriptor(severity)  # an unknown name fails now, not after the sampling
     pairs = pairs.reset_index(drop=True)
-    timesteps, alpha_bar = state_levels(
-        make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
-    )
+    scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
+    timesteps, alpha_bar = state_levels(scheduler)
     guidance = guidance_values(guidance_scale, steps)
     x_0 = _targets(model, pairs)
     work = [(p, s) for p in range(len(pairs)) for s in range(len(seeds))]
@@ -280,7 +283,6 @@ def reverse_trace(
         captions = [pairs.caption[p] for p, _ in batch]
 
         def run():
-            scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
             return sample(model, captions, [seeds[s] for _, s in batch], scheduler, guidance)
 
         kept, again = _rescued(model, run)

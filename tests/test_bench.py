@@ -38,8 +38,22 @@ def test_the_invented_run_is_a_run(tmp_path, sampler):
     assert found["D1, schedule, low"] <= found["D1, schedule"] <= found["D1, schedule, high"]
 
 
-def test_the_share_of_the_unet_is_a_share(load):
-    assert 0 < bench._unet_share(load) < 1
+def test_the_network_apart(load):
+    """The ways that are compared make the same calls of it; without it they still do the rest."""
+    ways = {"recorded": lambda: load.recorded("ddpm"), "plain": lambda: load.plain("ddpm")}
+    found = bench.apart(load, ways, 1)
+    assert bench.in_network(load, ways["plain"])[1] == 4  # one call an update
+    for way, seconds in found["whole"].items():
+        assert seconds == pytest.approx(found["network"] + found["rest"]["seconds"][way])
+    assert found["ratio"] == found["whole"]["recorded"] / found["whole"]["plain"]
+    before = load.recorded("ddpm").joinpath("gram/0.0.0.0.0").read_bytes()
+    with bench.without_network(load):
+        without = load.recorded("ddpm").joinpath("gram/0.0.0.0.0").read_bytes()
+        assert bench.in_network(load, ways["plain"])[1] == 4
+    assert without != before == load.recorded("ddpm").joinpath("gram/0.0.0.0.0").read_bytes()
+    ways["plain"] = lambda: None
+    with pytest.raises(RuntimeError, match="differ in their calls"):
+        bench.apart(load, ways, 1)
 
 
 def test_a_goal_that_is_missed_says_so():
