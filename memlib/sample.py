@@ -127,9 +127,9 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
             x = scheduler.step(out, t, x).prev_sample
         kept["x_t"][i + 1] = x
     # A state that is not finite stays so: the last one tells of all.
-    # So does a sum, and it takes a tenth of the time of a test of every number.
+    # So do least and largest, which take less time and memory than a test of every number.
     last = (kept["x_t"][-1], kept["eps_uncond"], kept["eps_cond"])
-    if not all(tensor.sum(dtype=torch.float64).isfinite() for tensor in last):
+    if not all(value.isfinite() for tensor in last for value in tensor.aminmax()):
         raise FloatingPointError(_not_finite(model))
     return kept
 
