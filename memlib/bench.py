@@ -694,10 +694,7 @@ SECTIONS = {f.__name__: f for f in (recording, everything, workers, scaling, net
 GOALS = {  # of the design: path in the results, sign, limit
     "recorded / plain, DDIM": (("recording", "ddim", "ratio"), "≤", 1.05),
     "recorded / plain, DDPM": (("recording", "ddpm", "ratio"), "≤", 1.05),
-    "the same, one network time, DDIM": (("recording", "ddim", "apart", "ratio"), "≤", 1.05),
-    "the same, one network time, DDPM": (("recording", "ddpm", "apart", "ratio"), "≤", 1.05),
     "recorded / everything, whole": (("everything", "whole", "ratio"), "≤", 1.0),
-    "the same, one network time": (("everything", "whole, apart", "ratio"), "≤", 1.0),
     **{
         f"everything / recorded, analysis, {size}, {state}": (
             ("everything", f"analysis at {size}", state, "ratio"),
