@@ -1,6 +1,6 @@
 """What recording costs, measured side by side: ``make bench``.
 
-    python -m memlib.bench                              # everything, about twenty minutes
+    python -m memlib.bench                              # everything, half an hour
     python -m memlib.bench --only recording --rounds 3  # a part
 
 Ways that are compared alternate within one run and change their order from round to round, so
