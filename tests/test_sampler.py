@@ -97,6 +97,7 @@ def test_gram_equals_direct_tensors(lab):
         def get(result):
             return result.isel(prompt=0, seed=0).values
 
+        np.testing.assert_array_equal(trace.gram, trace.gram.values.swapaxes(-1, -2))
         close = dict(rtol=1e-9, atol=1e-12)
         vectors = {"x_t": x, "x_0": np.tile(x_0, (9, 1)), "x_T": np.tile(x_T, (9, 1)),
                    "x_gen": np.tile(x_gen, (9, 1)), "noise": kept["noise"]}  # fmt: skip
