@@ -104,11 +104,8 @@ class Run:
     def _get(self, key: str) -> bytes | None:
         try:
             if self.local:
-                file = os.open(f"{self.root}/{key}", os.O_RDONLY)
-                try:  # a run has many small ones: Python's own file takes twice as long
-                    return os.read(file, os.fstat(file).st_size)
-                finally:
-                    os.close(file)
+                with open(f"{self.root}/{key}", "rb", buffering=0) as file:
+                    return file.readall()
             return self.fs.cat_file(f"{self.root}/{key}")
         except FileNotFoundError:
             return None
