@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import csv
 import difflib
 import hashlib
 import json
@@ -29,10 +30,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from memlib.weights import ALIASES, CHECKPOINTS
+
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {"model", "pairs"}  # parameters that may hold a path
 LAB_NAMES = ("lab", "exact")
-WEBSTER = {name: f"webster-{name}" for name in ("sd14", "sd21", "realvis")}
+WEBSTER = ("sd14", "sd21", "realvis")  # beginnings of the names of models that have a list
 
 
 class BookError(Exception):
@@ -134,12 +137,18 @@ def model_parameters(defaults: dict, model: str) -> list[str]:
         return []
     if Path(model).is_dir() or model in LAB_NAMES:
         return [f"model={model}"]
-    values = {"model": model} | ({"pairs": WEBSTER[model]} if model in WEBSTER else {})
+    values = {"model": model} | ({"pairs": webster(model)} if webster(model) else {})
     return [
         f"{chapter}.{name}={value}"
         for chapter, known in defaults.items() if chapter != "lab"
         for name, value in values.items() if name in known
     ]  # fmt: skip
+
+
+def webster(model: str) -> str:
+    """The list that goes with a named model, '' if none: one for both SD v2.1, one for realvis*."""
+    named = model in CHECKPOINTS or model in ALIASES
+    return next((f"webster-{w}" for w in WEBSTER if named and model.startswith(w)), "")
 
 
 def assign(chosen: dict, defaults: dict, key: str, value) -> None:
@@ -375,95 +384,154 @@ def stage(root: Path, profile: str, chapters: dict) -> Path:
     return folder
 
 
-COLUMNS = {"lab": "the lab", "sd14": "SD v1.4", "sd21": "SD v2.1", "realvis": "RealisticVision"}
+TITLES = {"lab": "the lab"} | {name: c.title for name, c in CHECKPOINTS.items()}
+PAPER = ("sd14", "sd21", "sd21-base", "realvis14", "realvis20")  # what the paper may mean
 SIGNS = {"holds": "✓ ", "does not hold": "✗ ", "not decided": "? ", "not run": ""}
 
 
 def write_ledger(root: Path, results: Path, folder: Path) -> None:
     """What the chapters left in their results folder, as a matrix, as a list and as a CSV file.
 
-    `memlib.claims` writes the rows; it is not imported here, because torch would come with it.
+    A column is of one model, to the commit, the VAE and the precision; a line of the matrix is of
+    one claim and, where the number depends on it, of one score. The latest row is shown.
     """
-    file = root / "memlib" / "claims.toml"
-    if not file.exists():
+    if not (root / "memlib" / "claims.toml").exists():
         return
-    claims = tomllib.loads(file.read_text())
-    found = [json.loads(path.read_text()) for path in sorted(results.glob("*/*/*.json"))]
-    found = [row for row in found if row["claim"] in claims]
-    rows = {(row["claim"], row["model"], row["sampler"]): row for row in found}
-    models = dict.fromkeys([*COLUMNS, *(row["model"] for row in found)])
-    columns = [(model, sampler) for model in models for sampler in ("ddim", "ddpm")]
+    from memlib.claims import CLAIMS, read_rows
 
-    def row_of(claim: str, model: str, sampler: str) -> dict | None:
-        return rows.get((claim, model, sampler)) or rows.get((claim, model, "any"))
+    found = read_rows(results)
+    rows = {(r["claim"], r["measure"], build_of(r), r["sampler"]): r for r in found}
+    builds = dict.fromkeys(build_of(row) for row in found)
+    if not any(title == TITLES["lab"] for title, *_ in builds):
+        builds[TITLES["lab"], "", ""] = None
+    order = [*TITLES.values()]
+    builds = sorted(builds, key=lambda b: order.index(b[0]) if b[0] in order else len(order))
+    lines = [
+        (name, measure)
+        for name, claim in CLAIMS.items()
+        for measure in sorted(
+            {row["measure"] for row in found if row["claim"] == name}
+            or {"sscd" if claim.get("score") else ""}
+        )
+    ]
 
-    (folder / "_matrix.md").write_text(matrix(claims, models, columns, row_of))
-    (folder / "_ledger.md").write_text(ledger(claims, columns, row_of))
-    lines = ["claim,model,fingerprint,sampler,value,low,high,verdict,prompts,seeds,draws,states,"
-             "guidance,versions"]  # fmt: skip
-    for row in sorted(found, key=lambda r: (list(claims).index(r["claim"]), r["model"])):
-        prompts, sizes = "+".join(map(str, row["prompts"])), row["sizes"]
-        numbers = [f"{row[key]:.6g}" for key in ("value", "low", "high")]
-        counts = [str(sizes.get(key, "")) for key in ("seed", "draw", "step")]
-        text = [row["claim"], row["model"], row["fingerprint"], row["sampler"], *numbers]
-        guidance = json.dumps(row["guidance"]).replace(",", " ")
-        versions = "; ".join(f"{name} {version}" for name, version in row["versions"].items())
-        lines.append(",".join([*text, row["verdict"], prompts, *counts, guidance, versions]))
-    (folder / "_static" / "results.csv").write_text("\n".join(lines) + "\n")
+    def row_of(line: tuple, build: tuple, sampler: str) -> dict | None:
+        return rows.get((*line, build, sampler)) or rows.get((*line, build, "any"))
+
+    (folder / "_matrix.md").write_text(matrix(CLAIMS, lines, builds, row_of))
+    (folder / "_ledger.md").write_text(ledger(CLAIMS, lines, builds, row_of))
+    found.sort(key=lambda row: (list(CLAIMS).index(row["claim"]), row["model"]))
+    with (folder / "_static" / "results.csv").open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(
+            ["claim", "model", "checkpoint", "fingerprint", "precision", "sampler", "measure",
+             "measure_sha256", "value", "low", "high", "verdict", "prompts", "seeds", "draws",
+             "states", "guidance", "versions"]
+        )  # fmt: skip
+        for row in found:
+            table.writerow([
+                row["claim"], row["model"], build_of(row)[0], row["fingerprint"], row["precision"],
+                row["sampler"], row["measure"], row["measure_sha256"],
+                *(f"{row[key]:.6g}" for key in ("value", "low", "high")), row["verdict"],
+                "+".join(map(str, row["prompts"])),
+                *(row["sizes"].get(key, "") for key in ("seed", "draw", "step")),
+                json.dumps(row["guidance"]).replace(",", " "),
+                "; ".join(f"{name} {version}" for name, version in row["versions"].items()),
+            ])  # fmt: skip
 
 
-def matrix(claims: dict, models, columns: list, row_of) -> str:
+def build_of(row: dict) -> tuple[str, str, str]:
+    """Which model a row is of, exactly: title, fingerprint, precision.
+
+    The title follows the repository, whatever name a row was recorded under; a folder has its own.
+    """
+    origin, name = row["fingerprint"], row["model"]
+    titles = [c.title for c in CHECKPOINTS.values() if origin.startswith(f"{c.repository}@")]
+    if not titles and (name == "lab" or "@" in origin):
+        titles = [TITLES.get(name, name)]
+    return (titles or [name])[0], origin, row["precision"]
+
+
+def short(build: tuple[str, str, str], builds: list) -> str:
+    """What tells a build from others of its title: commit, VAE, precision; '' if none has to."""
+    title, origin, precision = build
+    commits = [f"@{commit[:8]}" for commit in re.findall(r"@([\w.-]+)", origin)]
+    if not commits and sum(title == other for other, *_ in builds) < 2:
+        return ""
+    parts = [(commits or [origin[:8]])[0], *(f"VAE {commit}" for commit in commits[1:])]
+    return ", ".join(filter(None, [*parts, precision]))
+
+
+def matrix(claims: dict, lines: list, builds: list, row_of) -> str:
     """The table claims × (model, sampler); a cell links to the figure behind it."""
-    head = "".join(f'<th colspan="2">{escape(COLUMNS.get(m, m))}</th>' for m in models)
-    under = "".join(f"<th>{sampler.upper()}</th>" for _, sampler in columns)
-    lines = ['<div class="ledger"><table>', f'<thead><tr><th rowspan="2">claim</th>{head}</tr>']
-    lines += [f"<tr>{under}</tr></thead><tbody>"]
-    for name, claim in claims.items():
-        by = "" if claim["by"] == "paper" else " <small>(ours)</small>"
+    head = ""
+    for build in builds:
+        note = short(build, builds)
+        note = note and f'<br><small title="{escape(build[1])}">{escape(note)}</small>'
+        head += f'<th colspan="2">{escape(build[0])}{note}</th>'
+    under = "<th>DDIM</th><th>DDPM</th>" * len(builds)
+    text = ['<div class="ledger"><table>', f'<thead><tr><th rowspan="2">claim</th>{head}</tr>']
+    text += [f"<tr>{under}</tr></thead><tbody>"]
+    for name, measure in lines:
+        claim = claims[name]
+        notes = [] if claim["by"] == "paper" else ["ours"]
+        notes += [f"score: {escape(measure)}"] if measure else []
+        by = f" <small>({'; '.join(notes)})</small>" if notes else ""
         link = f'<a href="ledger.html#{name}">{escape(claim["title"])}</a>'
         cells = [f'<th scope="row">{link}{by}</th>']
-        for model in models:
-            pair = [row_of(name, *column) for column in columns if column[0] == model]
+        for build in builds:
+            pair = [row_of((name, measure), build, sampler) for sampler in ("ddim", "ddpm")]
             if not any(pair):
                 cells.append('<td colspan="2" class="not-run">not run</td>')
                 continue
             for row in pair:
                 word = row["verdict"] if row else "not run"
-                text = SIGNS[word] + word
+                cell = SIGNS[word] + word
                 if row:
                     address = f"{claim['chapter']}.html#{claim['figure']}"
-                    text = f'<a href="{address}">{text}</a><br><small>{row["value"]:.3g}</small>'
-                cells.append(f'<td class="{word.replace(" ", "-")}">{text}</td>')
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return "\n".join([*lines, "</tbody></table></div>", ""])
+                    cell = f'<a href="{address}">{cell}</a><br><small>{row["value"]:.3g}</small>'
+                cells.append(f'<td class="{word.replace(" ", "-")}">{cell}</td>')
+        text.append(f"<tr>{''.join(cells)}</tr>")
+    text += ["</tbody></table></div>", ""]
+    for build in builds:
+        if "@" in build[1]:
+            text.append(f"- {escape(build[0])}: `{build[1]}` {build[2]}")
+    missing = [TITLES[n] for n in PAPER if not any(TITLES[n] == title for title, *_ in builds)]
+    text += ["", f"Not run yet: {', '.join(missing)}." if missing else "", ""]
+    return "\n".join(text)
 
 
-def ledger(claims: dict, columns: list, row_of) -> str:
+def ledger(claims: dict, lines: list, builds: list, row_of) -> str:
     """Every claim with its words, its number and line, and what each run found."""
-    lines = []
+    text = []
     for name, claim in claims.items():
         side = "above" if "above" in claim else "below"
         who = "The paper" if claim["by"] == "paper" else "The paper, on which it bears"
-        lines += [f"({name})=", f"## {claim['title']}", ""]
-        lines += [f"{claim['ours']}\\", f"{who}: {claim['words']}\\"]
-        lines += [f"Judged by: {claim['statistic']}; holds {side} {claim[side]:g}.\\"]
-        lines += [f"Figure: {{numref}}`{claim['figure']}` in [](/{claim['chapter']}).", ""]
-        runs = dict.fromkeys(json.dumps(row_of(name, *column)) for column in columns)
-        for row in map(json.loads, runs):
-            if not row:
-                continue
+        text += [f"({name})=", f"## {claim['title']}", ""]
+        text += [f"{claim['ours']}\\", f"{who}: {claim['words']}\\"]
+        text += [f"Judged by: {claim['statistic']}; holds {side} {claim[side]:g}.\\"]
+        text += [f"Figure: {{numref}}`{claim['figure']}` in [](/{claim['chapter']}).", ""]
+        runs = {
+            json.dumps(row): build
+            for line in lines if line[0] == name
+            for build in builds
+            for sampler in ("ddim", "ddpm") if (row := row_of(line, build, sampler))
+        }  # fmt: skip
+        for row, build in ((json.loads(row), build) for row, build in runs.items()):
             sampler = {"ddim": "DDIM", "ddpm": "DDPM"}.get(row["sampler"], "no sampling")
             sizes = [f"{' and '.join(map(str, row['prompts']))} prompts"]
             units = {"seed": "seed", "draw": "noise", "step": "state"}
             sizes += [f"{n} {units[dim]}{'s' * (n != 1)}" for dim, n in row["sizes"].items()]
-            model = COLUMNS.get(row["model"], escape(row["model"]))
-            lines += [
-                f"- **{row['verdict']}** on {model}, {sampler}: "
+            note = short(build, builds)
+            model = escape(build[0]) + (f" ({escape(note)})" if note else "")
+            score = f", scored by {escape(row['measure'])}" if row["measure"] else ""
+            text += [
+                f"- **{row['verdict']}** on {model}, {sampler}{score}: "
                 f"{row['value']:.3g} (95 %: {row['low']:.3g} to {row['high']:.3g}; "
                 f"{', '.join(sizes)})"
             ]
-        lines += ["" if any(map(json.loads, runs)) else "- not run", ""]
-    return "\n".join(lines)
+        text += ["" if runs else "- not run", ""]
+    return "\n".join(text)
 
 
 def build_site(root: Path, profile: str, chapters: dict) -> Path:

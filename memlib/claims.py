@@ -2,7 +2,8 @@
 
 The claims stand in `claims.toml`, with the line that each number has to pass. A chapter calls
 `settle`, which computes the number, its bootstrap interval over prompts and the verdict, and keeps
-them as one small file for each claim, model and sampler. `memlib.book` puts them on the pages.
+them as one small file for each claim, model, sampler and, where the number depends on it, copy
+score. `memlib.book` puts them on the pages.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import xarray as xr
 from scipy import stats
 
 from memlib.errors import nearest
+from memlib.weights import ALIASES
 
 CLAIMS: dict[str, dict] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 RESULTS = Path("results")  # of the folder a chapter runs in
@@ -90,15 +92,19 @@ def settle(
     """Judge one claim by `interval(statistic, *groups)` and keep the row in the results folder.
 
     `trace` says which model and sampler the numbers are of. A forward trace has no sampler: its
-    row stands for all. `sizes` (seed, draw, step) say what the numbers are of where that is not
-    the whole trace. Where a group has no prompts there is no row, and none from an earlier run.
+    row stands for all. A claim with `score` has one row for each measure of severity. `sizes`
+    (seed, draw, step) say what the numbers are of where that is not the whole trace. Where a group
+    has no prompts there is no row, and none from an earlier run.
     """
     if name not in CLAIMS:
         raise KeyError(f"unknown claim {name!r}{nearest(name, CLAIMS)}")
     attrs, origin = trace.attrs, trace.attrs["fingerprint"]
-    model = Path(attrs["model"]).name
+    model = ALIASES.get(attrs["model"], Path(attrs["model"]).name)
     sampler = "any" if attrs["direction"] == "forward" else attrs["sampler"]
-    file = RESULTS / model / sampler / f"{name}.json"
+    score = trace.severity.attrs if CLAIMS[name].get("score") else {}
+    measure = score.get("measure", "")
+    other = f".{measure}" if measure not in ("", "sscd") else ""
+    file = RESULTS / model / sampler / f"{name}{other}.json"
     if min(len(group) for group in groups) == 0:
         file.unlink(missing_ok=True)
         return None
@@ -107,6 +113,8 @@ def settle(
         "claim": name,
         "model": model,
         "sampler": sampler,
+        "measure": measure,
+        "measure_sha256": score.get("sha256", "")[:12],  # of an official SSCD file
         "value": value,
         "low": low,
         "high": high,
@@ -115,6 +123,7 @@ def settle(
         "guidance": attrs.get("guidance"),
         "sizes": {d: trace.sizes[d] for d in ("seed", "draw", "step") if d in trace.sizes} | sizes,
         "fingerprint": origin if "@" in origin else origin[:12],  # repository@commit, or a hash
+        "precision": attrs.get("dtype", ""),
         "versions": json.loads(attrs["versions"]),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -125,25 +134,41 @@ def settle(
 
 
 def table(rows: list[dict | None]) -> pd.DataFrame:
-    """Rows as a reader sees them: claim, number, interval, line, verdict."""
-    shown = []
-    for row in filter(None, rows):
+    """Rows as a reader sees them: claim, score if it matters, number, interval, line, verdict."""
+    shown, rows = [], [row for row in rows if row]
+    for row in rows:
         claim = CLAIMS[row["claim"]]
         side = "above" if "above" in claim else "below"
         shown.append({
-            "claim": row["claim"], "sampler": row["sampler"], "statistic": f"{row['value']:.3g}",
+            "claim": row["claim"], "sampler": row["sampler"], "score": row["measure"],
+            "statistic": f"{row['value']:.3g}",
             "95 %": f"{row['low']:.3g} to {row['high']:.3g}", "line": f"{side} {claim[side]:g}",
             "verdict": row["verdict"],
         })  # fmt: skip
-    columns = ["claim", "sampler", "statistic", "95 %", "line", "verdict"]
+    columns = ["claim", "sampler", "score", "statistic", "95 %", "line", "verdict"]
+    if not any(row["measure"] for row in rows):
+        columns.remove("score")
     return pd.DataFrame(shown, columns=columns).set_index("claim")
+
+
+def read_rows(folder: str | Path = RESULTS) -> list[dict]:
+    """All rows of a results folder, the oldest first; what earlier versions left out filled in."""
+    files = sorted(Path(folder).glob("*/*/*.json"), key=lambda f: (f.stat().st_mtime_ns, f))
+    rows = [json.loads(file.read_text()) for file in files]
+    rows = [row for row in rows if row["claim"] in CLAIMS]
+    for row in rows:
+        if "@" in row["fingerprint"]:  # of the Hub, and no folder that is called so
+            row["model"] = ALIASES.get(row["model"], row["model"])
+        row.setdefault("measure", "sscd" if CLAIMS[row["claim"]].get("score") else "")
+        row.setdefault("measure_sha256", "")
+        row.setdefault("precision", "")
+    return rows
 
 
 def read(folder: str | Path = RESULTS) -> pd.DataFrame:
     """All rows that runs have left in a results folder, in the order of the ledger."""
-    rows = [json.loads(file.read_text()) for file in Path(folder).glob("*/*/*.json")]
-    rows = [row for row in rows if row["claim"] in CLAIMS]
     order = list(CLAIMS)
+    key = ("model", "sampler", "measure")
     return pd.DataFrame(
-        sorted(rows, key=lambda r: (order.index(r["claim"]), r["model"], r["sampler"]))
+        sorted(read_rows(folder), key=lambda r: (order.index(r["claim"]), *(r[k] for k in key)))
     )

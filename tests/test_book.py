@@ -223,6 +223,11 @@ def test_another_model_brings_its_list():
     assert chosen == {"lab": {}, "loss": {"model": "sd14", "pairs": "webster-sd14"}, "cost": {}}
     chosen = book.choose(defaults, "full", {}, "pairs=mine.csv", "sd21")
     assert chosen["loss"] == {"model": "sd21", "pairs": "mine.csv"}
+    names = {"sd21-base": "sd21", "realvis14": "realvis", "realvis20": "realvis"}
+    for name, webster in (names | {"realvis": "realvis"}).items():
+        chosen = book.choose(defaults, "full", {}, "", name)
+        assert chosen["loss"] == {"model": name, "pairs": f"webster-{webster}"}
+    assert book.webster("sd21-bas") == ""
     chosen = book.choose(defaults, "full", {}, "", "owner/name")
     assert chosen["loss"] == {"model": "owner/name"}
     chosen = book.choose(defaults, "full", {}, "", "exact")

@@ -4,6 +4,7 @@ Its verdicts on the lab are tested in `test_site.py`, which builds the book.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -23,10 +24,12 @@ def numbers():
     return np.random.default_rng(3).normal(2.0, 1.0, 40)
 
 
-def trace_of(sampler="ddim", model="lab", direction="reverse"):
+def trace_of(sampler="ddim", model="lab", direction="reverse", score="sscd"):
     attrs = {"model": model, "sampler": sampler, "direction": direction, "fingerprint": "f" * 64,
-             "versions": '{"torch": "2"}', "guidance": 7.5}  # fmt: skip
-    return xr.Dataset({"gram": (("prompt", "seed", "step"), np.zeros((5, 3, 4)))}, attrs=attrs)
+             "versions": '{"torch": "2"}', "guidance": 7.5, "dtype": "float32"}  # fmt: skip
+    severity = (("prompt", "seed"), np.zeros((5, 3)), {"measure": score, "sha256": "9f26" * 16})
+    gram = (("prompt", "seed", "step"), np.zeros((5, 3, 4)))
+    return xr.Dataset({"gram": gram, "severity": severity}, attrs=attrs)
 
 
 def test_the_interval_is_that_of_resampled_prompts(numbers):
@@ -100,6 +103,44 @@ def test_a_row_is_kept_and_replaced(tmp_path, monkeypatch, numbers):
     assert shown.line["overestimated"].iloc[0] == "above 1"
 
 
+def test_rows_of_another_score_stand_beside(tmp_path, monkeypatch, numbers):
+    """Where the number depends on the score; elsewhere there is one row, whatever the score."""
+    monkeypatch.chdir(tmp_path)
+    for shift, score in enumerate(("sscd", "sscd-large288")):
+        for name in ("guidance-needed", "overestimated"):
+            claims.settle(name, trace_of(score=score), np.median, numbers + shift)
+    table = claims.read()
+    assert list(table.claim) == ["overestimated", "guidance-needed", "guidance-needed"]
+    assert list(table.measure) == ["", "sscd", "sscd-large288"]
+    assert list(table.measure_sha256) == ["", "9f26" * 3, "9f26" * 3]
+    assert np.allclose(table.value - np.median(numbers), [1, 0, 1])
+    assert list(claims.table(table.to_dict("records")).score) == ["", "sscd", "sscd-large288"]
+    assert "score" not in claims.table(table.to_dict("records")[:1])
+    claims.settle("guidance-needed", trace_of(), np.median, numbers[:0])
+    assert list(claims.read().measure) == ["", "sscd-large288"]
+
+
+@pytest.mark.parametrize("name", claims.CLAIMS)
+def test_a_claim_says_whether_its_number_depends_on_the_score(name):
+    claim = claims.CLAIMS[name]
+    assert claim.get("score", False) == bool(re.search("severity|copied", claim["statistic"]))
+
+
+def test_rows_of_earlier_versions_are_read(tmp_path):
+    """Without measure and precision; a model of the Hub by its old name, but no folder."""
+    old = [row("guidance-needed", "realvis", fingerprint=f"{REALVIS}@{'c' * 40}"), row()]
+    old += [row(model="realvis", sampler="ddpm")]
+    ledger_of(tmp_path, [{k: r[k] for k in r if k not in ("measure", "precision")} for r in old])
+    table = claims.read(tmp_path / "results").set_index(["claim", "model"])
+    assert table.measure["guidance-needed", "realvis14"] == "sscd"
+    assert table.measure["overestimated", "lab"] == ""
+    assert ("overestimated", "realvis") in table.index
+    lines = (tmp_path / "stage/_static/results.csv").read_text().splitlines()
+    assert lines[1].startswith("overestimated,lab,the lab,")
+    assert lines[2].startswith("overestimated,realvis,realvis,")
+    assert lines[3].startswith(f"guidance-needed,realvis14,Realistic Vision V1.4,{REALVIS}@cccc")
+
+
 def test_a_group_without_prompts_leaves_no_row(tmp_path, monkeypatch, numbers):
     monkeypatch.chdir(tmp_path)
     claims.settle("converge-earlier", trace_of(), claims.ratio, numbers, numbers)
@@ -131,7 +172,8 @@ def test_a_claim_has_a_line_a_figure_and_a_chapter_that_settles_it(name):
 def ledger_of(tmp_path, rows):
     """The files that the driver makes of these rows."""
     for row in rows:
-        file = tmp_path / "results" / row["model"] / row["sampler"] / f"{row['claim']}.json"
+        name = f"{row['claim']}.{row.get('measure')}.{row['fingerprint'][-4:]}.json"
+        file = tmp_path / "results" / row["model"] / row["sampler"] / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(row))
     (tmp_path / "stage/_static").mkdir(parents=True)
@@ -139,31 +181,44 @@ def ledger_of(tmp_path, rows):
     return [(tmp_path / "stage" / n).read_text() for n in ("_matrix.md", "_ledger.md")]
 
 
-def row(claim="overestimated", model="lab", sampler="ddim", verdict="holds"):
+REALVIS = "SG161222/Realistic_Vision_V1.4"
+SD14 = "CompVis/stable-diffusion-v1-4"
+
+
+def row(claim="overestimated", model="lab", sampler="ddim", verdict="holds", **more):
+    measure = "sscd" if claims.CLAIMS.get(claim, {}).get("score") else ""
     return {"claim": claim, "model": model, "sampler": sampler, "verdict": verdict, "value": 6.9,
             "low": 6.8, "high": 7.0, "prompts": [18], "sizes": {"seed": 10, "step": 51},
-            "guidance": 7.5, "fingerprint": "f" * 12, "versions": {"torch": "2"}}  # fmt: skip
+            "guidance": 7.5, "fingerprint": "f" * 12, "versions": {"torch": "2"},
+            "measure": measure, "precision": "float32"} | more  # fmt: skip
+
+
+def cells_of(matrix, name):
+    """The words of a claim's cells, one list for each of its lines."""
+    lines = [line for line in matrix.splitlines() if f"ledger.html#{name}" in line]
+    return [re.findall(r"<td[^>]*>(?:<a [^>]*>)?([^<]*)", line) for line in lines]
 
 
 def test_what_was_not_run_says_so(tmp_path):
+    """The lab has its column; the models that the paper may mean are named in one line."""
     matrix, ledger = ledger_of(tmp_path, [])
-    assert matrix.count('colspan="2" class="not-run">not run</td>') == 4 * len(claims.CLAIMS)
+    assert matrix.count('colspan="2" class="not-run">not run</td>') == len(claims.CLAIMS)
     assert ledger.count("- not run") == len(claims.CLAIMS)
     assert "holds</a>" not in matrix
+    names = "SD v1.4, SD v2.1, SD v2.1-base, Realistic Vision V1.4, Realistic Vision V2.0"
+    assert f"Not run yet: {names}.\n" in matrix
 
 
 def test_the_matrix_has_a_column_for_each_model_and_sampler(tmp_path):
     rows = [row(), row(sampler="ddpm", verdict="not decided"), row(model="a<b>"),
             row("loss-identity", sampler="any"), row("gone")]  # fmt: skip
     matrix, ledger = ledger_of(tmp_path, rows)
-    cells = next(line for line in matrix.splitlines() if "ledger.html#overestimated" in line)
-    cells = re.findall(r"<td[^>]*>(?:<a [^>]*>)?([^<]*)", cells)
-    assert cells[:2] == ["✓ holds", "? not decided"]
-    assert cells[2:] == ["not run"] * 3 + ["✓ holds", "not run"]  # the last two: the fifth model
+    assert cells_of(matrix, "overestimated") == [
+        ["✓ holds", "? not decided", "✓ holds", "not run"]  # the lab, then a model of one's own
+    ]
     assert "a&lt;b&gt;" in matrix
     assert "a<b>" not in matrix + ledger
-    identity = next(line for line in matrix.splitlines() if "#loss-identity" in line)
-    assert identity.count("✓ holds") == 2  # without a sampler: a row for both
+    assert cells_of(matrix, "loss-identity")[0].count("✓ holds") == 2  # without a sampler: both
     assert (
         "- **holds** on the lab, DDIM: 6.9 (95 %: 6.8 to 7; 18 prompts, 10 seeds, 51 states)"
         in ledger
@@ -172,3 +227,67 @@ def test_the_matrix_has_a_column_for_each_model_and_sampler(tmp_path):
     assert list(table.claim) == ["loss-identity", "overestimated", "overestimated", "overestimated"]
     assert table.value.eq(6.9).all()
     assert table.versions.eq("torch 2").all()
+
+
+def test_a_column_is_of_one_checkpoint_and_precision(tmp_path):
+    """Named by what was loaded, not by what was typed; two of one name are never one column."""
+    rows = [
+        row(model="sd14", fingerprint=f"{SD14}@{'a' * 40}", precision="float16"),
+        row(model="stable-diffusion-v1-4", sampler="ddpm", fingerprint=f"{SD14}@{'a' * 40}",
+            precision="float16", verdict="not decided"),
+        row(model="sd14", fingerprint=f"{SD14}@{'b' * 40} vae some/vae@{'d' * 40}", value=5.0),
+        row(model="realvis", fingerprint=f"{REALVIS}@{'c' * 40}", verdict="does not hold"),
+    ]  # fmt: skip
+    matrix, ledger = ledger_of(tmp_path, rows)
+    heads = re.findall(r'<th colspan="2">([^<]*)(?:<br><small[^>]*>([^<]*))?', matrix)
+    assert heads == [
+        ("the lab", ""),
+        ("SD v1.4", "@aaaaaaaa, float16"),
+        ("SD v1.4", "@bbbbbbbb, VAE @dddddddd, float32"),
+        ("Realistic Vision V1.4", "@cccccccc, float32"),
+    ]
+    assert cells_of(matrix, "overestimated") == [
+        ["not run", "✓ holds", "? not decided", "✓ holds", "not run", "✗ does not hold", "not run"]
+    ]
+    assert f"- SD v1.4: `{SD14}@{'a' * 40}` float16" in matrix
+    assert "Not run yet: SD v2.1, SD v2.1-base, Realistic Vision V2.0.\n" in matrix
+    assert "on SD v1.4 (@bbbbbbbb, VAE @dddddddd, float32), DDIM: 5 " in ledger
+    table = pd.read_csv(tmp_path / "stage/_static/results.csv")
+    assert table.checkpoint.to_list() == ["Realistic Vision V1.4", "SD v1.4", "SD v1.4", "SD v1.4"]
+    assert f"{SD14}@{'b' * 40} vae some/vae@{'d' * 40}" in set(table.fingerprint)
+    assert list(table.precision) == ["float32", "float16", "float32", "float16"]
+
+
+def test_two_labs_are_told_apart(tmp_path):
+    matrix, _ = ledger_of(tmp_path, [row(), row(fingerprint="e" * 12, sampler="ddpm")])
+    assert "ffffffff, float32" in matrix
+    assert "eeeeeeee, float32" in matrix
+    assert cells_of(matrix, "overestimated") == [["✓ holds", "not run", "not run", "✓ holds"]]
+
+
+def test_a_line_of_the_matrix_is_of_one_score(tmp_path):
+    rows = [row("d1-severity"), row(), row("d1-severity", verdict="not decided", value=0.4,
+            measure="sscd-large288")]  # fmt: skip
+    matrix, ledger = ledger_of(tmp_path, rows)
+    assert cells_of(matrix, "d1-severity") == [["✓ holds", "not run"], ["? not decided", "not run"]]
+    assert "(score: sscd)" in matrix
+    assert "(score: sscd-large288)" in matrix
+    assert "- **holds** on the lab, DDIM, scored by sscd: 6.9" in ledger
+    assert "- **not decided** on the lab, DDIM, scored by sscd-large288: 0.4" in ledger
+    assert "on the lab, DDIM: 6.9" in ledger  # this one does not depend on it
+    table = pd.read_csv(tmp_path / "stage/_static/results.csv", keep_default_na=False)
+    assert list(table.measure) == ["", "sscd", "sscd-large288"]
+
+
+def test_of_two_rows_of_one_cell_the_later_is_shown(tmp_path):
+    """As when a model is run by its old name, then by the new one."""
+    same = {"fingerprint": f"{REALVIS}@{'c' * 40}"}
+    ledger_of(tmp_path, [row(model="realvis14", **same), row(model="realvis", value=3.0, **same)])
+    files = sorted((tmp_path / "results").rglob("*.json"))
+    for newest in range(2):
+        for number, file in enumerate(files):
+            os.utime(file, (number == newest, number == newest))
+        book.write_ledger(ROOT, tmp_path / "results", tmp_path / "stage")
+        matrix = (tmp_path / "stage/_matrix.md").read_text()
+        shown = "3" if "realvis/" in str(files[newest]) else "6.9"
+        assert re.findall(r"<small>([\d.]+)</small>", matrix) == [shown]
