@@ -30,11 +30,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from memlib.weights import ALIASES, CHECKPOINTS
-
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {"model", "pairs"}  # parameters that may hold a path
 LAB_NAMES = ("lab", "exact")
+NAMED = tomllib.loads(Path(__file__).with_name("checkpoints.toml").read_text())
+ALIASES = {alias: name for name, c in NAMED.items() for alias in c.get("aliases", ())}
 WEBSTER = ("sd14", "sd21", "realvis")  # beginnings of the names of models that have a list
 
 
@@ -147,7 +147,7 @@ def model_parameters(defaults: dict, model: str) -> list[str]:
 
 def webster(model: str) -> str:
     """The list that goes with a named model, '' if none: one for both SD v2.1, one for realvis*."""
-    named = model in CHECKPOINTS or model in ALIASES
+    named = model in NAMED or model in ALIASES
     return next((f"webster-{w}" for w in WEBSTER if named and model.startswith(w)), "")
 
 
@@ -384,7 +384,7 @@ def stage(root: Path, profile: str, chapters: dict) -> Path:
     return folder
 
 
-TITLES = {"lab": "the lab"} | {name: c.title for name, c in CHECKPOINTS.items()}
+TITLES = {"lab": "the lab"} | {name: c["title"] for name, c in NAMED.items()}
 PAPER = ("sd14", "sd21", "sd21-base", "realvis14", "realvis20")  # what the paper may mean
 SIGNS = {"holds": "✓ ", "does not hold": "✗ ", "not decided": "? ", "not run": ""}
 
@@ -446,8 +446,8 @@ def build_of(row: dict) -> tuple[str, str, str]:
     The title follows the repository, whatever name a row was recorded under; a folder has its own.
     """
     origin, name = row["fingerprint"], row["model"]
-    titles = [c.title for c in CHECKPOINTS.values() if origin.startswith(f"{c.repository}@")]
-    if not titles and (name == "lab" or "@" in origin):
+    titles = [c["title"] for c in NAMED.values() if origin.startswith(f"{c['repository']}@")]
+    if not titles and (name == "lab" or "@" in origin.split()[0]):
         titles = [TITLES.get(name, name)]
     return (titles or [name])[0], origin, row["precision"]
 
@@ -455,11 +455,11 @@ def build_of(row: dict) -> tuple[str, str, str]:
 def short(build: tuple[str, str, str], builds: list) -> str:
     """What tells a build from others of its title: commit, VAE, precision; '' if none has to."""
     title, origin, precision = build
-    commits = [f"@{commit[:8]}" for commit in re.findall(r"@([\w.-]+)", origin)]
-    if not commits and sum(title == other for other, *_ in builds) < 2:
+    if "@" not in origin and sum(title == other for other, *_ in builds) < 2:
         return ""
-    parts = [(commits or [origin[:8]])[0], *(f"VAE {commit}" for commit in commits[1:])]
-    return ", ".join(filter(None, [*parts, precision]))
+    text = re.sub(r" [^@]*\.safetensors config \w+", "", origin)
+    text = re.sub(r"[\w./-]+@([\w.-]{1,8})[\w.@-]*", r"@\1", text).replace(" vae ", ", VAE ")
+    return f"{text}, {precision}" if precision else text
 
 
 def matrix(claims: dict, lines: list, builds: list, row_of) -> str:
@@ -494,7 +494,7 @@ def matrix(claims: dict, lines: list, builds: list, row_of) -> str:
         text.append(f"<tr>{''.join(cells)}</tr>")
     text += ["</tbody></table></div>", ""]
     for build in builds:
-        if "@" in build[1]:
+        if short(build, builds):
             text.append(f"- {escape(build[0])}: `{build[1]}` {build[2]}")
     missing = [TITLES[n] for n in PAPER if not any(TITLES[n] == title for title, *_ in builds)]
     text += ["", f"Not run yet: {', '.join(missing)}." if missing else "", ""]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 import warnings
 from collections.abc import Callable
@@ -20,8 +21,8 @@ import pandas as pd
 import xarray as xr
 from scipy import stats
 
+from memlib.checkpoints import ALIASES
 from memlib.errors import nearest
-from memlib.weights import ALIASES
 
 CLAIMS: dict[str, dict] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 RESULTS = Path("results")  # of the folder a chapter runs in
@@ -99,12 +100,14 @@ def settle(
     if name not in CLAIMS:
         raise KeyError(f"unknown claim {name!r}{nearest(name, CLAIMS)}")
     attrs, origin = trace.attrs, trace.attrs["fingerprint"]
-    model = ALIASES.get(attrs["model"], Path(attrs["model"]).name)
+    model = ALIASES.get(attrs["model"], attrs["model"])
+    if model != f"./{Path(model).name}":  # that is a folder called like a model of ours
+        model = Path(model).name
     sampler = "any" if attrs["direction"] == "forward" else attrs["sampler"]
     score = trace.severity.attrs if CLAIMS[name].get("score") else {}
     measure = score.get("measure", "")
     other = f".{measure}" if measure not in ("", "sscd") else ""
-    file = RESULTS / model / sampler / f"{name}{other}.json"
+    file = RESULTS / model.replace("/", "_") / sampler / f"{name}{other}.json"
     if min(len(group) for group in groups) == 0:
         file.unlink(missing_ok=True)
         return None
@@ -122,7 +125,8 @@ def settle(
         "prompts": [len(group) for group in groups][: 1 if paired else None],
         "guidance": attrs.get("guidance"),
         "sizes": {d: trace.sizes[d] for d in ("seed", "draw", "step") if d in trace.sizes} | sizes,
-        "fingerprint": origin if "@" in origin else origin[:12],  # repository@commit, or a hash
+        # repository@commit, or a hash; of file and configuration, and of a VAE of its own
+        "fingerprint": re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", origin),
         "precision": attrs.get("dtype", ""),
         "versions": json.loads(attrs["versions"]),
     }
@@ -157,7 +161,7 @@ def read_rows(folder: str | Path = RESULTS) -> list[dict]:
     rows = [json.loads(file.read_text()) for file in files]
     rows = [row for row in rows if row["claim"] in CLAIMS]
     for row in rows:
-        if "@" in row["fingerprint"]:  # of the Hub, and no folder that is called so
+        if "@" in row["fingerprint"].split()[0]:  # of the Hub, and no folder that is called so
             row["model"] = ALIASES.get(row["model"], row["model"])
         row.setdefault("measure", "sscd" if CLAIMS[row["claim"]].get("score") else "")
         row.setdefault("measure_sha256", "")

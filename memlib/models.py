@@ -13,8 +13,10 @@ its traces, recorded elsewhere. All have
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,38 +25,46 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from memlib import weights
+from memlib import checkpoints
 from memlib.answers import Remembering
+from memlib.checkpoints import CHECKPOINTS, LAB, ModelError, hash_files  # noqa: F401, names of before
 from memlib.errors import first_line, nearest
 from memlib.pairs import load_pairs, read_image
-from memlib.weights import CHECKPOINTS, LAB, ModelError, hash_files  # noqa: F401, names of before
 
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 SPACINGS = ("leading", "trailing", "linspace")
 DECODED = 2**15  # pixels that are decoded together
+DECODED_HALF = 10 * 2**18  # the same in half precision, on a GPU
 
 
 class DiffusersModel:
     """A `StableDiffusionPipeline` seen as the few functions that a trace needs.
 
     In half precision only the U-Net is: states, scheduler, text encoder and VAE stay in float32.
+    On a GPU a copy of the decoder is in half precision, too; `decoder` names its precision.
     """
 
     dtype = torch.float32  # of states
+    compiled = False  # whether `predict` runs compiled code: see `compiling`
+    _network = _half_vae = None
 
     def __init__(self, pipe, source: str, fingerprint: str, precision: str = "float32"):
         self.pipe, self.source, self.fingerprint = pipe, source, fingerprint
         self.unet, self.vae = pipe.unet.eval(), pipe.vae.eval()
         self.device, self.precision = pipe.unet.device, precision
+        if self.device.type == "cuda":
+            exact_float32()
+        self.decoder = "float16" if precision in HALF and self.device.type == "cuda" else "float32"
         self._cast(HALF.get(precision, torch.float32))
         # Once a block of this size was freed, glibc keeps what is freed. Before that it asks the
         # system for every buffer of every update anew (8 % of the lab's time on two cores).
         torch.ones(31 << 20, dtype=torch.uint8)
         self.scheduler_config = dict(pipe.scheduler.config)
         size = pipe.unet.config.sample_size
-        size = size if isinstance(size, int) else size[0]  # `weights` lets only squares pass
+        size = size if isinstance(size, int) else size[0]  # `checkpoints` lets only squares pass
         self.latent_shape = (pipe.unet.config.in_channels, size, size)
         self.image_size = size * pipe.vae_scale_factor
+        self.together = max(1, DECODED_HALF // self.image_size**2)  # pictures, in half precision
         self.prediction_type = self.scheduler_config.get("prediction_type", "epsilon")
         pipe.set_progress_bar_config(disable=True)
 
@@ -73,18 +83,59 @@ class DiffusersModel:
         """The U-Net's output as it is (epsilon, v or sample)."""
         dtype = next(self.unet.parameters()).dtype  # diffusers' own looks at every parameter
         x_t, text = x_t.to(dtype), text.to(dtype)
+        if self.compiled:
+            return self._predict_compiled(x_t, timestep, text).to(self.dtype)
         out = self.unet(x_t, timestep, encoder_hidden_states=text, return_dict=False)[0]
         return out.to(self.dtype)
 
+    def _predict_compiled(self, x_t, timestep, text) -> torch.Tensor:
+        x = x_t.contiguous(memory_format=torch.channels_last)
+        arguments = dict(encoder_hidden_states=text, return_dict=False)
+        try:
+            return self._network(x, torch.as_tensor(timestep).to(self.device), **arguments)[0]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no compiler, a card that is too old, a limit of torch's
+            out = self.unet(x, timestep, **arguments)[0]  # what this raises has another cause
+            text = f"{self.source} does not compile here, and goes on without: {first_line(error)}"
+            warnings.warn(text, stacklevel=3)
+            self.compiled, self._network = False, self.unet
+            return out
+
+    @contextlib.contextmanager
+    def compiling(self):
+        """For the time of the context `predict` runs compiled code, with channels last.
+
+        The code is made by the first call with a number of latents, and kept. Where that fails,
+        once, the model goes on as it is, here and later, with a warning.
+        """
+        if self._network is None:
+            self._network = torch.compile(self.unet, dynamic=False)  # fastest with fixed shapes
+        if self._network is self.unet:
+            yield
+            return
+        torch.nn.Module.to(self.unet, memory_format=torch.channels_last)
+        self.compiled = True
+        try:
+            yield
+        finally:
+            self.compiled = False
+            torch.nn.Module.to(self.unet, memory_format=torch.contiguous_format)
+
     @contextlib.contextmanager
     def full_precision(self):
-        """For the time of the context the U-Net computes in float32, with the same weights."""
-        half = self.unet.dtype
+        """For the time of the context the U-Net computes in float32, with the same weights.
+
+        Never compiled: to compile for one batch takes longer than the batch.
+        """
+        half, compiled = self.unet.dtype, self.compiled
+        self.compiled = False
         self._cast(torch.float32)
         try:
             yield
         finally:
             self._cast(half)
+            self.compiled = compiled
 
     def _cast(self, dtype: torch.dtype) -> None:
         torch.nn.Module.to(self.unet, dtype)  # diffusers' own `to` warns of nothing, loudly
@@ -118,6 +169,11 @@ class DiffusersModel:
     ) -> UInt8[np.ndarray, "batch y x rgb"]:
         """Pictures of latents, as diffusers' pipeline makes them."""
         latents = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor
+        if self.decoder == "float16":
+            return np.concatenate([self._decode_half(x) for x in latents.split(self.together)])
+        return self._decode(latents)
+
+    def _decode(self, latents: torch.Tensor) -> np.ndarray:
         # A few at a time, large ones one by one: decoding must not set the size of the batch.
         together = max(1, DECODED // self.image_size**2)
         pictures = []
@@ -127,17 +183,50 @@ class DiffusersModel:
             pictures.append((images * 255).round().astype(np.uint8))
         return np.concatenate(pictures)
 
+    def _decode_half(self, latents: torch.Tensor) -> np.ndarray:
+        """The same by a copy in float16, rounded to bytes on the device; float32 where it fails.
+
+        bfloat16 has too few digits for the 256 levels of a picture.
+        """
+        if self._half_vae is None:
+            vae = copy.deepcopy(self.vae)
+            vae.encoder = vae.quant_conv = None
+            self._half_vae = torch.nn.Module.to(vae, torch.float16)
+        x = self._half_vae.decode(latents.half(), return_dict=False)[0].float()
+        if not x.isfinite().all():
+            warnings.warn("pictures are not finite in float16 and decoded in float32", stacklevel=3)
+            return self._decode(latents)
+        levels = ((x * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return levels.permute(0, 2, 3, 1).cpu().numpy()
+
     @torch.no_grad()
     def checkpoint(self, folder: str | Path) -> DiffusersModel:
         """The same pipeline with the U-Net and text encoder of an earlier training step."""
         folder = Path(folder)
-        with weights.quiet():
-            own = {n: weights.load_part(folder / n, n) for n in ("unet", "text_encoder")}
+        with checkpoints.quiet():
+            own = {n: checkpoints.load_part(folder / n, n) for n in ("unet", "text_encoder")}
         torch.nn.Module.to(own["text_encoder"], torch.float32)
         parts = self.pipe.components | own
         pipe = type(self.pipe)(**parts, requires_safety_checker=False).to(self.device)
         name, fingerprint = f"{self.source}/{folder.name}", hash_files(folder)
         return DiffusersModel(pipe, name, f"{self.fingerprint} {fingerprint}", self.precision)
+
+
+def exact_float32() -> None:
+    """What is float32 on a GPU is computed so: by default torch's convolutions use TF32, 10 bits.
+
+    By the older of torch's two names for it: its compiler fails where the newer one was used.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions advise the newer one
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def tf32(device: torch.device) -> bool:
+    """Whether float32 on this device is TF32 somewhere."""
+    if device.type != "cuda":
+        return False
+    return bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
 
 
 class ExactModel:
@@ -158,6 +247,7 @@ class ExactModel:
 
     source = "exact"
     prediction_type = "epsilon"
+    compiled, compiling = False, staticmethod(contextlib.nullcontext)  # there is no network
     dtype, precision, device = torch.float64, "float64", torch.device("cpu")
 
     def __init__(self, atoms, captions, counts=None, scheduler_config=None, codec=None):
@@ -251,7 +341,7 @@ class RecordedModel:
             f"they are, or get them with memlib fetch {self.source}"
         )
 
-    encode_text = predict = encode_images = decode = checkpoint = _refuse
+    encode_text = predict = encode_images = decode = checkpoint = compiling = _refuse
     to_epsilon = DiffusersModel.to_epsilon
 
 
@@ -270,8 +360,8 @@ def load(
     ----------
     name : ``lab`` (shipped with the book), ``exact`` (the optimal denoiser of the lab's pairs),
         ``sd14``, ``sd21``, ``sd21-base``, ``realvis14``, ``realvis20``, ``realvis51`` (see
-        `weights.CHECKPOINTS`), a Hub id ``owner/name``, or a local folder in the diffusers format;
-        one file with a whole model in the original layout: ``owner/name/file.safetensors`` or a
+        `checkpoints.toml`), a Hub id ``owner/name``, or a local folder in the diffusers format; one
+        file with a whole model in the original layout: ``owner/name/file.safetensors`` or a
         local ``.safetensors`` file. After a Hub id, ``@revision``.
     device : ``cuda`` where there is a GPU, else ``cpu``.
     dtype : of the U-Net, ``float32``, ``float16`` or ``bfloat16``. On a GPU float16 for models
@@ -305,7 +395,7 @@ def load(
     device = _device(device)
     if name == "exact":
         return _exact(recipe)
-    known = weights.checkpoint(str(name)) if name != "lab" else None
+    known = checkpoints.checkpoint(str(name)) if name != "lab" else None
     whole = known is not None or Path(name).is_file()
     if dtype is None:
         dtype = "float16" if whole and torch.device(device).type == "cuda" else "float32"
@@ -315,18 +405,18 @@ def load(
         known = replace(known, config=str(config)) if config else known
         vae = vae or known.vae
         card = _card(source)
-        if card and not weights.downloaded(known):
+        if card and not checkpoints.downloaded(known):
             return Remembering(RecordedModel(card))
-        place = weights.on_hub(known, half=dtype != "float32")
+        place = checkpoints.on_hub(known, half=dtype != "float32")
     elif revision:
         raise ModelError(f"a revision is for models of the Hub, and {name} is none")
     else:
-        place = weights.local(name, config)
+        place = checkpoints.local(name, config)
     fingerprint = place.fingerprint
-    network, mark = weights.load_vae(vae) if vae else (None, "")
+    network, mark = checkpoints.load_vae(vae) if vae else (None, "")
     fingerprint += f" vae {mark}" if vae else ""
     try:
-        pipe = weights.pipeline(place, network, half=dtype != "float32")
+        pipe = checkpoints.pipeline(place, network, half=dtype != "float32")
         for part in (pipe.unet, pipe.vae, pipe.text_encoder):
             torch.nn.Module.to(part, device, torch.float32)
     except torch.OutOfMemoryError as error:
@@ -335,7 +425,7 @@ def load(
         raise
     except ImportError as error:  # a package's fault, not the model's
         raise ModelError(f"the packages here do not fit: {first_line(error)}") from error
-    except weights.BROKEN as error:
+    except checkpoints.BROKEN as error:
         path = place.file or place.folder
         where = f"{name}: the copy in {path}" if known else path
         advice = "; delete it to download it anew" if known else ""
@@ -360,13 +450,13 @@ def _exact(recipe: dict) -> ExactModel:
 def _source(name: str | Path, known, revision: str | None, vae) -> str:
     """What traces and tables call a model: its exact name, whatever it was asked for by."""
     if known:  # another revision or VAE is another model: it has traces and a name of its own
-        name = weights.ALIASES.get(str(name), str(name))
+        name = checkpoints.ALIASES.get(str(name), str(name))
         return name + (f"@{revision}" if revision else "") + ("+vae" if vae else "")
     if name == "lab":
         return "lab"
     # A folder is the same by its relative and its absolute path, and no folder is "lab".
     own = Path(name).resolve().name
-    return f"./{own}" if own in weights.NAMES else own
+    return f"./{own}" if own in checkpoints.NAMES else own
 
 
 def _device(device: str | None) -> str:

@@ -39,11 +39,17 @@ def make_scheduler(config, sampler: str, steps: int, dtype: torch.dtype = torch.
         raise ValueError(
             f"steps={steps} is not possible: with this steps_offset at most {limit - 1}"
         )
+    if float(scheduler.alphas_cumprod[timesteps.cpu()].min()) <= 0:
+        raise ValueError("this noise schedule ends at zero signal, where no estimate of x_0 exists")
     # DDIM's update goes `limit // steps` timesteps down, whatever the next one is.
     if sampler == "ddim" and (timesteps[:-1] - limit // steps != timesteps[1:]).any():
         spacing = scheduler.config.timestep_spacing
-        raise ValueError(f"DDIM skips levels with timestep_spacing={spacing!r}: use 'leading'")
-    if sampler == "ddpm" and scheduler.config.variance_type != "fixed_small":
+        raise ValueError(
+            f"DDIM skips levels with timestep_spacing={spacing!r}: load the model with "
+            "timestep_spacing='leading', or write that into its scheduler/scheduler_config.json"
+        )
+    # None is what other samplers' configs hold; diffusers takes it for the first case.
+    if sampler == "ddpm" and scheduler.config.variance_type not in ("fixed_small", None):
         kind = scheduler.config.variance_type
         raise ValueError(f"DDPM with variance_type={kind!r} is not supported, only 'fixed_small'")
     return scheduler

@@ -1,8 +1,10 @@
 """Published lists, their images, and the official SSCD: on stand-ins, for none can be shipped."""
 
+import dataclasses
 import hashlib
 import io
 import json
+import re
 import shutil
 import tarfile
 import zipfile
@@ -16,6 +18,7 @@ from PIL import Image
 
 import memlib
 from memlib import cli, lists, severity
+from memlib.checkpoints import CHECKPOINTS
 from memlib.pairs import PairsError
 
 LAB = memlib.load_pairs("lab").query("kind == 'planted'").reset_index(drop=True)
@@ -162,16 +165,28 @@ class Stand(torch.nn.Module):
 
 @pytest.fixture
 def official(tmp_path, monkeypatch):
+    """The stand-in by the names of both networks, with its checksum in place of theirs."""
     file = tmp_path / "sscd.pt"
     torch.jit.script(Stand()).save(str(file))
-    monkeypatch.setenv("MEMLIB_SSCD", str(file))
+    for network in severity.OFFICIAL.values():
+        monkeypatch.setenv(network.variable, str(file))
+        monkeypatch.setenv(f"{network.variable}_SHA256", sha256_of(file))
     severity.descriptor.cache_clear()
     yield file
     severity.descriptor.cache_clear()
 
 
+def sha256_of(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 @pytest.mark.parametrize(
-    ("measure", "size"), [("sscd-small288", (432, 288)), ("sscd-skew320", (320, 320))]
+    ("measure", "size"),
+    [
+        ("sscd-small288", (432, 288)),
+        ("sscd-skew320", (320, 320)),
+        ("sscd-large288", (288, 288)),
+    ],
 )
 def test_official_preprocessing(official, measure, size):
     """Against PIL and ImageNet's numbers, written out; on a picture that is not square."""
@@ -188,30 +203,110 @@ def test_official_preprocessing(official, measure, size):
     np.testing.assert_allclose(found, expected, atol=2e-4)  # means in float32
 
 
-def test_the_trace_says_which_sscd(official):
+@pytest.mark.parametrize(
+    ("measure", "preprocessing", "side"),
+    [("sscd-skew320", "skew_320", 320), ("sscd-large288", "skew_288", 288)],
+)
+def test_the_trace_says_which_sscd(official, measure, preprocessing, side):
     lab, pairs = memlib.load("lab"), memlib.load_pairs("lab").iloc[:1]
-    trace = memlib.reverse_trace(lab, pairs, [0], steps=2, severity="sscd-skew320", progress=False)
+    trace = memlib.reverse_trace(lab, pairs, [0], steps=2, severity=measure, progress=False)
     assert trace.severity.attrs == {
-        "measure": "sscd-skew320", "preprocessing": "skew_320", "sscd_side": 320,
-        "sha256": hashlib.sha256(official.read_bytes()).hexdigest(),
+        "measure": measure, "preprocessing": preprocessing, "sscd_side": side,
+        "sha256": sha256_of(official),
     }  # fmt: skip
-    describe = severity.descriptor("sscd-skew320")
+    describe = severity.descriptor(measure)
     image = np.asarray(Image.open(pairs.image.iloc[0]).convert("RGB"))[None]
     expected = describe(trace.image.values[0])[0] @ describe(image)[0]
     np.testing.assert_allclose(trace.severity[0, 0], expected, atol=1e-9)
 
 
-def test_a_missing_or_wrong_sscd(official, monkeypatch, tmp_path):
-    monkeypatch.setenv("MEMLIB_SSCD_SHA256", "0" * 64)
-    with pytest.raises(ValueError, match="does not have the sha256"):
-        severity.descriptor("sscd-small288")
-    monkeypatch.delenv("MEMLIB_SSCD_SHA256")
+def test_the_large_sscd_is_a_file_of_its_own(official, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEMLIB_SSCD_LARGE", str(tmp_path / "none.pt"))
+    severity.descriptor("sscd-small288")
+    with pytest.raises(FileNotFoundError, match="memlib fetch sscd-large --sha256"):
+        severity.descriptor("sscd-large288")
+    assert set(severity.MEASURES) - set(severity.available()) == {"sscd-large288"}
+
+
+def test_a_missing_or_wrong_sscd(official, monkeypatch):
+    assert set(severity.available()) == set(severity.MEASURES)
     official.write_bytes(b"no TorchScript")
+    monkeypatch.setenv("MEMLIB_SSCD_SHA256", sha256_of(official).upper())
     with pytest.raises(ValueError, match="is no TorchScript file"):
         severity.descriptor("sscd-small288")
     official.unlink()
-    with pytest.raises(FileNotFoundError, match="memlib fetch sscd"):
+    with pytest.raises(FileNotFoundError, match="memlib fetch sscd brings it"):
         severity.descriptor("sscd-small288")
+
+
+@pytest.mark.parametrize("measure", severity.PREPROCESSING)
+def test_an_unknown_torchscript_is_not_run(official, monkeypatch, measure):
+    """It is code. Only the environment, or a checksum given to `memlib fetch`, lets it in."""
+    network = severity.OFFICIAL[severity.PREPROCESSING[measure][0]]
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    for wrong in ("0" * 64, ""):
+        monkeypatch.setenv(f"{network.variable}_SHA256", wrong)
+        with pytest.raises(ValueError, match=f"has the sha256 {sha256_of(official)}, (not|and no)"):
+            severity.descriptor(measure)
+        assert measure not in severity.available()
+    monkeypatch.setenv("MEMLIB_DATA", str(official.parent))
+    note = official.parent / f"{network.file}.sha256"
+    note.write_text(sha256_of(official))  # lies where fetch puts it, but the file does not
+    with pytest.raises(ValueError, match="has the sha256"):
+        severity.descriptor(measure)
+    monkeypatch.delenv(network.variable)
+    official.rename(official.parent / network.file)
+    with pytest.raises(pytest.fail.Exception, match="it was loaded"):
+        severity.descriptor(measure)
+
+
+@pytest.fixture
+def meta(official, monkeypatch):
+    """Meta's server, with the stand-in on it; what was asked for."""
+    asked = []
+
+    def save(self, url, partial, retries, bar):
+        asked.append((url, self.max_bytes))
+        shutil.copy(official, partial)
+
+    monkeypatch.setattr("memlib.fetch._Client.save", save)
+    monkeypatch.setenv("MEMLIB_DATA", str(official.parent / "data"))
+    for network in severity.OFFICIAL.values():
+        monkeypatch.delenv(network.variable)
+        monkeypatch.delenv(f"{network.variable}_SHA256")
+    return asked
+
+
+def test_the_official_sscd_is_checked_by_the_built_in_checksum(meta, official, monkeypatch, capsys):
+    published = severity.OFFICIAL["sscd"]
+    assert published.sha256 == "9f26bd4c848cc19b73d2ae92eea6e04886f61a7b764ceb7a13aeee62e6a6db56"
+    assert cli.main(["fetch", "sscd"]) == 1  # the stand-in is another file
+    assert "it was removed" in capsys.readouterr().err
+    assert not published.path.exists()
+    address = "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt"
+    assert meta == [(address, 98_791_638)]
+    same = dataclasses.replace(published, sha256=sha256_of(official))
+    monkeypatch.setitem(severity.OFFICIAL, "sscd", same)
+    assert cli.main(["fetch", "sscd"]) == 0
+    assert capsys.readouterr().out.strip() == str(same.path)
+    severity.descriptor("sscd-small288")
+
+
+def test_a_checksum_of_ones_own_is_kept_for_the_file(meta, official, capsys):
+    """The large network has no published one; the other's is replaced, until the next fetch."""
+    assert cli.main(["fetch", "sscd-large"]) == 1
+    assert "--sha256" in capsys.readouterr().err
+    assert meta == []
+    for name, measure in (("sscd-large", "sscd-large288"), ("sscd", "sscd-skew320")):
+        assert cli.main(["fetch", name, "--sha256", sha256_of(official).upper()]) == 0
+        severity.descriptor(measure)
+        file = severity.OFFICIAL[name].path
+        file.write_bytes(file.read_bytes() + b" ")
+        severity.descriptor.cache_clear()
+        with pytest.raises(ValueError, match="has the sha256"):
+            severity.descriptor(measure)
+    assert cli.main(["fetch", "sscd"]) == 1
+    assert severity.OFFICIAL["sscd"].trusted == sha256_of(official)  # nothing came: as it was
 
 
 def test_our_preprocessing_against_the_published_ones():
@@ -280,7 +375,9 @@ def test_trace_from_the_command_line(webster, tmp_path, monkeypatch, capsys):
         (["trace", "--pairs", "webster-sd21"], "memlib fetch webster-sd21"),
         (["trace", "--device", "cuda:7"], "torch finds no GPU here"),
         (["fetch", "webster-sd15"], "did you mean 'webster-sd"),
-        (["fetch", "sscd"], "Meta publishes no checksum"),
+        (["fetch", "sscd-large"], "Meta publishes no checksum of sscd_disc_large"),
+        (["fetch", "sscd-lrge"], "did you mean 'sscd-large'"),
+        (["fetch", "sd21-bse"], "did you mean 'sd21-base'"),
         (["book", "--model", "sd14", "--profile", "smal"], "did you mean 'smoke'"),
     ],
 )
@@ -294,9 +391,40 @@ def test_wrong_commands(arguments, pattern, capsys, monkeypatch, tmp_path):
     assert pattern in errors[0]
 
 
-def test_the_doctor(webster, capsys):
+def test_the_doctor(webster, official, monkeypatch, capsys):
+    """Each model by its exact repository and commit, each score by its file and checksum."""
+    monkeypatch.setenv("MEMLIB_SSCD_LARGE_SHA256", "")
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for words in ("Python", "GPU", "CompVis/stable-diffusion-v1-4", "5 prompts, 0 with an image",
-                  "not here: memlib fetch webster-sd21", "T4"):  # fmt: skip
+    for words in ("Python", "GPU", "5 prompts, 0 with an image", "T4",
+                  "not here: memlib fetch webster-sd21"):  # fmt: skip
         assert words in out
+    for name, checkpoint in CHECKPOINTS.items():
+        assert re.search(rf"^  {name} .*{re.escape(str(checkpoint))}$", out, re.MULTILINE)
+        assert checkpoint.note in out
+        assert out.count(f"not here: memlib fetch {name}\n") == 1
+    assert out.count("VAE stabilityai/sd-vae-ft-mse@31f26fde") == 3
+    assert out.count("or realvis: ") == 1
+    large, mixup = (severity.OFFICIAL[name].file for name in ("sscd-large", "sscd"))
+    assert out.count(f"{mixup}: here {sha256_of(official)[:12]}") == 2
+    assert f"{large}: refused: another sha256 than any known" in out
+    official.unlink()
+    cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert f"{large}: not here: memlib fetch sscd-large --sha256 ..." in out
+    assert f"{mixup}: not here: memlib fetch sscd\n" in out
+
+
+def test_help_lists_every_model(capsys):
+    for command in ("trace", "book", "fetch"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        words = " ".join(capsys.readouterr().out.split())
+        assert ", ".join(CHECKPOINTS) in words
+        assert "a Hub id" in words
+
+
+def test_a_model_brings_its_list():
+    names = {"sd14": "webster-sd14", "sd21-base": "webster-sd21", "realvis": "webster-realvis",
+             "realvis20": "webster-realvis", "lab": "lab", "a/b": "lab"}  # fmt: skip
+    assert {name: cli.default_pairs(name) for name in names} == names

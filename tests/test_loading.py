@@ -1,0 +1,578 @@
+"""Where weights come from: one file, half precision, and whatever is missing or too much."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from test_checkpoints import CAPTIONS, folders, hub, make_vae, ours, theirs  # noqa: F401
+from transformers import CLIPTokenizer
+
+import memlib
+from memlib import checkpoints
+from memlib.checkpoints import ModelError
+from memlib.checksums import sha256
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+
+
+def refused(pattern, *arguments, **options):
+    with pytest.raises(ModelError, match=pattern) as error:
+        memlib.load(*arguments, **options)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600, str(error.value)
+
+
+def change(file, edit):
+    """Rewrite a file of tensors as `edit` leaves them."""
+    save_file(edit(load_file(file)), file, {"format": "pt"})
+
+
+@pytest.fixture
+def copy(folders, tmp_path):  # noqa: F811
+    """A function that copies a family's folder."""
+
+    def make(family="sd14"):
+        return shutil.copytree(folders(family), tmp_path / f"copy-{family}")
+
+    return make
+
+
+# ------------------------------------------------------------ one file in the original layout
+
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+ATTENTION = {
+    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+}  # fmt: skip
+OUTER = {
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+}  # fmt: skip
+
+
+def renamed(rest: str, names: dict[str, str]) -> str:
+    for name, other in names.items():
+        if rest.startswith(f"{name}."):
+            return other + rest.removeprefix(name)
+    return rest
+
+
+def original_unet(key: str) -> str:
+    """A U-Net's tensor as CompVis names it (Rombach et al. 2022, their code)."""
+    where = key.split(".")
+    if where[0] == "mid_block":
+        number = {("resnets", "0"): 0, ("attentions", "0"): 1, ("resnets", "1"): 2}
+        rest = ".".join(where[3:])
+        inner = renamed(rest, RESNET) if where[1] == "resnets" else rest
+        return f"middle_block.{number[where[1], where[2]]}.{inner}"
+    if where[0] not in ("down_blocks", "up_blocks"):
+        return renamed(key, OUTER)
+    down, i, kind, j, rest = where[0] == "down_blocks", int(where[1]), *where[2:4], where[4:]
+    rest, n = ".".join(rest), 3 * i + int(j)
+    if kind == "resnets":
+        block = f"input_blocks.{n + 1}" if down else f"output_blocks.{n}"
+        return f"{block}.0.{renamed(rest, RESNET)}"
+    if kind == "attentions":
+        return f"input_blocks.{n + 1}.1.{rest}" if down else f"output_blocks.{n}.1.{rest}"
+    if kind == "downsamplers":
+        return f"input_blocks.{3 * (i + 1)}.0.op.{rest.removeprefix('conv.')}"
+    return f"output_blocks.{3 * i + 2}.{2 if i else 1}.{rest}"
+
+
+def original_vae(key: str) -> str:
+    where = key.split(".")
+    if where[0] not in ("encoder", "decoder"):
+        return key
+    coder, rest = where[0], ".".join(where[1:])
+    shortcut = {"conv_shortcut": "nin_shortcut"}
+    if where[1] == "mid_block":
+        inner = ".".join(where[4:])
+        if where[2] == "attentions":
+            return f"{coder}.mid.attn_1.{renamed(inner, ATTENTION)}"
+        return f"{coder}.mid.block_{int(where[3]) + 1}.{renamed(inner, shortcut)}"
+    if where[1] not in ("down_blocks", "up_blocks"):
+        return f"{coder}.{renamed(rest, {'conv_norm_out': 'norm_out'})}"
+    down = where[1] == "down_blocks"
+    side, level = ("down", int(where[2])) if down else ("up", 3 - int(where[2]))
+    if where[3] == "resnets":
+        return f"{coder}.{side}.{level}.block.{where[4]}.{renamed('.'.join(where[5:]), shortcut)}"
+    return f"{coder}.{side}.{level}.{side}sample.{'.'.join(where[5:])}"
+
+
+def original_text(tensors: dict) -> dict:
+    """SD v1: the names of `transformers`, with a table of positions that newer ones lack."""
+    tensors = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in tensors.items()}
+    positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    return {f"cond_stage_model.transformer.{k}": v for k, v in (tensors | positions).items()}
+
+
+def openclip_text(tensors: dict) -> dict:
+    """SD v2: OpenCLIP's names, queries, keys and values in one tensor."""
+    tensors = {k.removeprefix("text_model."): v for k, v in tensors.items()}
+    out = {
+        "token_embedding.weight": tensors["embeddings.token_embedding.weight"],
+        "positional_embedding": tensors["embeddings.position_embedding.weight"],
+        "text_projection": torch.eye(64), "logit_scale": torch.tensor(4.6),
+        "ln_final.weight": tensors["final_layer_norm.weight"],
+        "ln_final.bias": tensors["final_layer_norm.bias"],
+    }  # fmt: skip
+    names = {
+        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj",
+    }  # fmt: skip
+    layers = {k.split(".")[2] for k in tensors if k.startswith("encoder.layers.")}
+    for n in layers:
+        for end in ("weight", "bias"):
+            layer, block = f"encoder.layers.{n}", f"transformer.resblocks.{n}"
+            for theirs_, ours_ in names.items():
+                out[f"{block}.{theirs_}.{end}"] = tensors[f"{layer}.{ours_}.{end}"]
+            packed = [tensors[f"{layer}.self_attn.{x}_proj.{end}"] for x in "qkv"]
+            out[f"{block}.attn.in_proj_{end}"] = torch.cat(packed)
+    return {f"cond_stage_model.model.{k}": v for k, v in out.items()}
+
+
+def one_file(folder, family: str) -> dict:
+    """A diffusers folder's tensors in the original layout."""
+    out = {
+        f"model.diffusion_model.{original_unet(k)}": v for k, v in load_file(folder / UNET).items()
+    }
+    for key, value in load_file(folder / VAE).items():
+        name = original_vae(key)
+        if ".attn_1." in name and name.endswith("weight") and value.ndim == 2:
+            value = value[..., None, None]
+        out[f"first_stage_model.{name}"] = value
+    text = load_file(folder / TEXT)
+    out |= original_text(text) if family == "sd14" else openclip_text(text)
+    return {k: v.contiguous() for k, v in out.items()} | {"global_step": torch.tensor(1)}
+
+
+@pytest.fixture(scope="session")
+def single(folders, tmp_path_factory):  # noqa: F811
+    """A function that writes a family's pipeline as one file."""
+    made = {}
+
+    def write(family: str):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("single") / f"{family}.safetensors"
+            save_file(one_file(folders(family), family), made[family])
+        return made[family]
+
+    return write
+
+
+@pytest.mark.parametrize("family", ["sd14", "sd21", "sd21-base"])
+def test_one_file_is_the_folder(folders, single, family):  # noqa: F811
+    """Latents, texts and pictures, through diffusers' reader and through its folder format."""
+    folder = folders(family)
+    model = memlib.load(single(family), config=folder)
+    for sampler in ("ddim", "ddpm"):
+        kept = ours(model, CAPTIONS, sampler, 7.5)
+        assert torch.equal(kept["x_t"][-1], theirs(folder, CAPTIONS, sampler, 7.5))
+    other = memlib.load(folder)
+    assert model.prediction_type == other.prediction_type
+    assert torch.equal(model.encode_text(CAPTIONS)[0], other.encode_text(CAPTIONS)[0])
+    assert (model.decode(kept["x_t"][-1]) == other.decode(kept["x_t"][-1])).all()
+    assert model.source == f"{family}.safetensors"
+    assert model.fingerprint != other.fingerprint
+
+
+def test_no_repository_is_asked(single, folders, monkeypatch):  # noqa: F811
+    import huggingface_hub
+
+    def no_network(*_, **__):
+        raise AssertionError("the Hub was asked")
+
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(huggingface_hub, name, no_network)
+    memlib.load(single("sd14"), config=folders("sd14"))
+
+
+def shapes(path, text_width=768, channels=4, more=()):
+    """A file that says what kind of model it would be."""
+    tensors = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, channels, 3, 3),
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight":
+            torch.zeros(320, text_width),
+    }  # fmt: skip
+    save_file(tensors | dict.fromkeys(more, torch.zeros(1)), path)
+    return path
+
+
+def test_the_kind_of_a_file_is_told_by_its_shapes(tmp_path):
+    file = shapes(tmp_path / "a.safetensors")
+    assert checkpoints.local(file).folder == checkpoints.CONFIGS / "sd14"
+    assert checkpoints.local(file, "sd21-base").folder == checkpoints.CONFIGS / "sd21-base"
+    refused("whether it predicts v or epsilon", shapes(tmp_path / "b.safetensors", 1024))
+    refused("its kind is unknown", shapes(tmp_path / "c.safetensors", 64))
+    refused("unknown config 'sd12'", file, config="sd12")
+    refused("takes 9 channels, as for inpainting", shapes(tmp_path / "d.safetensors", channels=9))
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("lora_unet_down_blocks_0.lora_up.weight", "a LoRA"),
+        ("conditioner.embedders.0.transformer.text_model.final", "an SDXL model"),
+        ("model.diffusion_model.joint_blocks.0.x", "an SD3 model"),
+        ("double_blocks.0.img_attn.qkv.weight", "a Flux model"),
+        ("decoder.conv_in.weight", "a VAE"),
+        ("down_blocks.0.resnets.0.conv1.weight", "one part of a diffusers pipeline"),
+        ("somewhere", "no model that is known"),
+    ],
+)
+def test_other_files_are_named(tmp_path, key, what):
+    save_file({key: torch.zeros(1)}, tmp_path / "x.safetensors")
+    refused(f"holds {what}", tmp_path / "x.safetensors")
+
+
+def test_files_that_are_no_file_of_weights(tmp_path, folders):  # noqa: F811
+    (tmp_path / "x.safetensors").write_bytes(b"<html>not found</html>" * 9)
+    refused("cannot be read", tmp_path / "x.safetensors")
+    refused("there is no file", tmp_path / "nothing.safetensors")
+    refused("there is no file", "models/nothing.safetensors")
+    (tmp_path / "x.ckpt").write_bytes(b"")
+    refused("is a pickle", tmp_path / "x.ckpt")
+    refused("config is for one .safetensors file", folders("sd14"), config="sd14")
+    refused("a revision is for models of the Hub", folders("sd14"), revision="v1")
+
+
+@pytest.mark.parametrize("part", ["model.diffusion_model.", "first_stage_model.", "cond_stage_"])
+def test_one_file_lacks_a_weight(single, folders, tmp_path, part):  # noqa: F811
+    tensors = load_file(single("sd14"))
+    key = next(k for k in tensors if k.startswith(part) and k.endswith("1.weight"))
+    tensors.pop(key)
+    save_file(tensors, tmp_path / "x.safetensors")
+    refused("1 weights are missing|cannot be loaded", tmp_path / "x.safetensors",
+            config=folders("sd14"))  # fmt: skip
+
+
+def test_one_file_without_vae(single, folders, tmp_path):  # noqa: F811
+    tensors = load_file(single("sd14"))
+    save_file(
+        {k: v for k, v in tensors.items() if not k.startswith("first_stage")},
+        tmp_path / "x.safetensors",
+    )
+    refused("", tmp_path / "x.safetensors", config=folders("sd14"))
+    model = memlib.load(
+        tmp_path / "x.safetensors", config=folders("sd14"), vae=folders("sd14") / "vae"
+    )
+    x = torch.randn(1, *model.latent_shape)
+    assert (model.decode(x) == memlib.load(folders("sd14")).decode(x)).all()
+
+
+def test_one_file_holds_too_much(single, folders, tmp_path):  # noqa: F811
+    tensors = load_file(single("sd14"))
+    key = "model.diffusion_model.input_blocks.1.1.lora_up.weight"
+    save_file(tensors | {key: torch.zeros(2)}, tmp_path / "x.safetensors")
+    refused("weights do not belong to it", tmp_path / "x.safetensors", config=folders("sd14"))
+
+
+def test_the_shipped_configurations():
+    """Parameters as published (860 and 866 million), and CLIP's words with their published sum."""
+    counts = {"sd14": 859_520_964, "sd21": 865_910_724, "sd21-base": 865_910_724}
+    for name, count in counts.items():
+        folder = checkpoints.CONFIGS / name
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(
+                UNet2DConditionModel.load_config(folder / "unet")
+            )
+        assert sum(p.numel() for p in unet.parameters()) == count
+    words = checkpoints.CONFIGS / "tokenizer"
+    assert sha256(words / "merges.txt").startswith("9fd691f7c8039210e0fced15865466c6")
+    assert sha256(words / "vocab.json").startswith("5047b556ce86ccaf6aa22b3ffccfc52d")
+    tokenizer = CLIPTokenizer.from_pretrained(words)
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+# ------------------------------------------------------------------ missing and too much weights
+
+
+def without_one(tensors: dict) -> dict:
+    tensors.pop(next(k for k in tensors if k.endswith("weight")))
+    return tensors
+
+
+@pytest.mark.parametrize("file", [UNET, VAE, TEXT])
+def test_a_weight_is_missing(copy, file):
+    folder = copy()
+    change(folder / file, without_one)
+    refused(rf"{file.split('/')[0]}: 1 weights are missing \(", folder)
+
+
+@pytest.mark.parametrize("file", [UNET, VAE, TEXT])
+def test_a_weight_too_much(copy, file):
+    folder = copy()
+    change(folder / file, lambda t: t | {"more.weight": torch.zeros(2)})
+    refused(rf"{file.split('/')[0]}: 1 weights do not belong to it \(more.weight\)", folder)
+
+
+@pytest.mark.parametrize("file", [UNET, VAE, TEXT])
+def test_a_weight_of_another_shape(copy, file):
+    folder = copy()
+    key = max(k for k in load_file(folder / file) if k.endswith("weight"))
+    change(folder / file, lambda t: t | {key: torch.zeros(2, 2)})
+    refused("have another shape|expected shape", folder)
+
+
+@pytest.mark.parametrize(("file", "name"), [(UNET, ".to_q."), (TEXT, ".q_proj.")])
+def test_an_unmerged_lora(copy, file, name, capfd):
+    folder = copy()
+    change(
+        folder / file,
+        lambda t: {k.replace(name, f"{name}base_layer."): v for k, v in t.items()},
+    )
+    refused("LoRA that is not merged", folder)
+    assert capfd.readouterr().err == ""
+
+
+def test_positions_of_old_files_are_no_weights(copy):
+    """Text encoders written years ago hold a table of positions."""
+    folder = copy()
+    change(
+        folder / TEXT,
+        lambda t: {
+            **{f"text_model.{k.removeprefix('text_model.')}": v for k, v in t.items()},
+            "text_model.embeddings.position_ids": torch.arange(77)[None],
+        },
+    )
+    assert memlib.load(folder).encode_text(["a dog"])[0].isfinite().all()
+
+
+def test_old_names_of_attention(copy, folders):  # noqa: F811
+    """SD v1.4's VAE on the Hub has the names of 2022."""
+    folder = copy()
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(tensors):
+        for new, name in old.items():
+            tensors = {
+                k.replace(f"attentions.0.{new}.", f"attentions.0.{name}."): v
+                for k, v in tensors.items()
+            }
+        return tensors
+
+    change(folder / VAE, rename)
+    assert not any(".to_q." in k for k in load_file(folder / VAE))
+    model, x = memlib.load(folder), torch.randn(1, 4, 16, 16)
+    assert (model.decode(x) == memlib.load(folders("sd14")).decode(x)).all()
+
+
+def test_only_pickles(copy):
+    folder = copy()
+    (folder / UNET).rename(folder / "unet/diffusion_pytorch_model.bin")
+    refused("only diffusion_pytorch_model.bin, a pickle", folder)
+    (folder / "unet/diffusion_pytorch_model.bin").unlink()
+    refused("no file of weights", folder)
+
+
+@pytest.mark.parametrize(
+    ("setting", "pattern"),
+    [
+        ({"time_cond_proj_dim": 32}, "also takes the guidance scale"),
+        ({"class_embed_type": "timestep"}, "also takes class labels"),
+        ({"num_class_embeds": 10}, "also takes class labels"),
+        ({"in_channels": 9}, "takes 9 channels and gives 4"),
+        ({"cross_attention_dim": 32}, "takes text of width 32"),
+        ({"sample_size": [16, 24]}, "not square"),
+        ({"sample_size": None}, "no sample_size"),
+    ],
+)
+def test_a_unet_that_takes_more(copy, setting, pattern):
+    folder = copy()
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(config | setting)
+    unet.save_pretrained(folder / "unet")
+    refused(pattern, folder)
+
+
+def test_a_pair_of_equal_sides(copy, folders):  # noqa: F811
+    folder = copy()
+    file = folder / "unet/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": [16, 16]}))
+    model = memlib.load(folder)
+    assert model.latent_shape == (4, 16, 16)
+    assert model.image_size == 128
+    kept = ours(model, CAPTIONS[:1], "ddim", 7.5)
+    assert torch.equal(kept["x_t"][-1], theirs(folder, CAPTIONS[:1], "ddim", 7.5))
+
+
+# ----------------------------------------------------------------------------- half-precision files
+
+
+def test_a_folder_of_the_variant_fp16(copy, folders):  # noqa: F811
+    folder = copy()
+    StableDiffusionPipeline.from_pretrained(folder).to(torch.float16).save_pretrained(
+        folder, variant="fp16"
+    )
+    both = memlib.load(folder)  # full precision stands beside it
+    x = torch.randn(1, 4, 16, 16)
+    args = (x, torch.tensor(500), both.encode_text(["a dog"])[0])
+    whole = memlib.load(folders("sd14"))
+    assert torch.equal(both.predict(*args), whole.predict(*args))
+    rounded = memlib.load(folder, dtype="bfloat16")
+    assert not torch.equal(rounded.encode_text(["a dog"])[0], args[2])  # of the rounded weights
+    for file in (UNET, VAE, TEXT):
+        (folder / file).unlink()
+    half = memlib.load(folder)
+    torch.testing.assert_close(half.predict(*args), whole.predict(*args), rtol=0.05, atol=0.02)
+    assert not torch.equal(half.predict(*args), whole.predict(*args))
+
+
+def test_another_scheduler(copy):
+    """A pipeline saved with a DPM solver runs once the spacing is said, as diffusers runs it."""
+    folder = copy()
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    config = {k: v for k, v in pipe.scheduler.config.items() if k != "timestep_spacing"}
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(config)
+    pipe.save_pretrained(folder)
+    model = memlib.load(folder)
+    kept = ours(model, CAPTIONS[:1], "ddpm", 7.5)  # variance_type None is diffusers' fixed_small
+    assert torch.equal(kept["x_t"][-1], theirs(folder, CAPTIONS[:1], "ddpm", 7.5))
+    with pytest.raises(ValueError, match=r"timestep_spacing='linspace'.*scheduler_config\.json"):
+        ours(model, CAPTIONS[:1], "ddim", 7.5)
+    model = memlib.load(folder, timestep_spacing="leading")
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"timestep_spacing": "leading"}))
+    kept = ours(model, CAPTIONS[:1], "ddim", 7.5)
+    assert torch.equal(kept["x_t"][-1], theirs(folder, CAPTIONS[:1], "ddim", 7.5))
+    refused("unknown timestep_spacing 'leeding': did you mean", folder, timestep_spacing="leeding")
+
+
+# ------------------------------------------------------------------------------------------- names
+
+
+def test_a_folder_has_one_name(folders, monkeypatch):  # noqa: F811
+    folder = folders("sd21-base")
+    monkeypatch.chdir(folder.parent)
+    names = [memlib.load(name).source for name in ("sd21-base", "./sd21-base", folder)]
+    assert names == ["./sd21-base"] * 3  # a folder here comes first, and is not the named model
+
+
+def test_aliases_and_names():
+    assert checkpoints.checkpoint("realvis") is checkpoints.CHECKPOINTS["realvis14"]
+    assert checkpoints.checkpoint("a/b@v1").revision == "v1"
+    file = checkpoints.checkpoint("a/b/c/d.safetensors@v2")
+    assert (file.repository, file.file, file.revision) == ("a/b", "c/d.safetensors", "v2")
+    assert checkpoints.checkpoint("models/d.safetensors") is None
+    for name, known in checkpoints.CHECKPOINTS.items():
+        assert known.repository.count("/") == 1, name
+        assert known.revision == "main" or len(known.revision) == 40, name
+
+
+def test_no_lab(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoints, "LAB", tmp_path / "lab")
+    refused("the lab's weights are not here .* clone", "lab")
+    refused("unknown model 'labb'", "labb")
+
+
+def test_a_package_that_does_not_fit(folders, monkeypatch):  # noqa: F811
+    """A broken torchvision is not the model's fault, and its reason is said."""
+
+    def broken(*_, **__):
+        raise RuntimeError(
+            "Failed to import diffusers.pipelines because of the following error (look up to see "
+            "its traceback):\noperator torchvision::nms does not exist"
+        ) from RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(checkpoints, "load_part", broken)
+    refused("operator torchvision::nms does not exist", folders("sd14"))
+
+
+# -------------------------------------------------------------------------------- from the Hub
+
+
+def test_one_file_from_the_hub(hub, single, folders):  # noqa: F811
+    """As Realistic Vision lies there: folders of pickles, and one file in safetensors."""
+    repository = hub.handler.folder / "some/pickled"
+    shutil.copy(single("sd14"), repository / "whole.safetensors")
+    change(
+        shutil.copy(single("sd14"), repository / "whole-fp16.safetensors"),
+        lambda t: {k: v.half() if v.is_floating_point() else v for k, v in t.items()},
+    )
+    config = folders("sd14").as_posix()
+    script = f"""
+from memlib import checkpoints
+from dataclasses import replace
+checkpoints.CHECKPOINTS["rv"] = checkpoints.Checkpoint(
+    "RV", "some/pickled", file="whole.safetensors", half="whole-fp16.safetensors",
+    vae="some/vae", config={config!r})
+print(memlib.load("rv").fingerprint)
+print(memlib.load("rv", dtype="bfloat16").fingerprint)
+a = memlib.load("rv").encode_text(["a dog"])[0]
+print(memlib.load("some/pickled/whole.safetensors", config={config!r}).source, float(a.sum()))
+"""
+    status, out, error = hub(script)
+    assert status == 0, error
+    full, half, last = out.strip().splitlines()
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert full.startswith(f"some/pickled@{commit} whole.safetensors config ")
+    assert full.endswith(f"vae some/vae@{commit}")
+    assert half.startswith(f"some/pickled@{commit} whole-fp16.safetensors config ")
+    expected = float(memlib.load(folders("sd14")).encode_text(["a dog"])[0].sum())
+    assert last.split()[0] == "some/pickled/whole.safetensors"
+    assert float(last.split()[1]) == pytest.approx(expected, rel=1e-4)
+    begun = [name for name, _ in hub.handler.begun]
+    assert not any(name.endswith(".bin") for name in begun)
+    status, _, error = hub("memlib.load('some/pickled/nothing.safetensors')")
+    assert "has no file nothing.safetensors" in error[0]
+
+
+def test_half_the_download(hub, folders):  # noqa: F811
+    """Half precision takes the variant fp16 where all of it is there, and only that."""
+    repository = hub.handler.folder / "some/both"
+    shutil.copytree(folders("sd14"), repository)
+    StableDiffusionPipeline.from_pretrained(repository).to(torch.float16).save_pretrained(
+        repository, variant="fp16"
+    )
+    status, out, error = hub(
+        'm = memlib.load("some/both", dtype="bfloat16"); print(m.fingerprint, m.precision)'
+    )
+    assert status == 0, error
+    assert out.split()[1:] == ["fp16", "bfloat16"]
+    begun = {name for name, _ in hub.handler.begun if name.endswith(".safetensors")}
+    assert begun
+    assert all(".fp16." in name for name in begun), begun
+    status, out, error = hub('print(memlib.load("some/both").fingerprint)')
+    assert status == 0, error
+    assert "fp16" not in out
+
+
+def test_a_pinned_sum(hub):  # noqa: F811
+    script = """
+from memlib import checkpoints
+checkpoints.CHECKPOINTS["x"] = checkpoints.Checkpoint("X", "some/model", sha256="0" * 64)
+memlib.load("x")
+"""
+    status, _, error = hub(script)
+    assert status
+    assert "is not the published one (its sha256 differs)" in error[0]
+
+
+def test_a_vae_in_one_file(folders, tmp_path):  # noqa: F811
+    """As VAEs of the original layout are published."""
+    width = checkpoints.CONFIGS / "sd14/vae/config.json"
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(3)
+    vae = AutoencoderKL.from_config(json.loads(width.read_text()))
+    tensors = {}
+    for key, value in vae.state_dict().items():
+        name = original_vae(key)
+        attention = ".attn_1." in name and name.endswith("weight") and value.ndim == 2
+        tensors[name] = (value[..., None, None] if attention else value).contiguous()
+    save_file(tensors, tmp_path / "vae.safetensors")
+    model = memlib.load(folders("sd14"), vae=tmp_path / "vae.safetensors")
+    x = torch.randn(1, 4, 16, 16)
+    with torch.no_grad():
+        out = vae.eval().decode(x / 0.18215).sample
+    expected = ((out / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(model.decode(x), expected, atol=1)
