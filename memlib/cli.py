@@ -210,11 +210,11 @@ def doctor(_options) -> None:
         "lab, exact", "here" if checkpoints.LAB.is_dir() else "missing: data/lab of the repository"
     )
     for name, checkpoint in CHECKPOINTS.items():
-        other = [f"or {alias}: " for alias, meant in ALIASES.items() if meant == name]
-        line(name, "".join(other) + str(checkpoint))
+        line(name, f"{checkpoint}: {_here(checkpoint) or f'not here: memlib fetch {name}'}")
         vae = f"VAE {checkpoint.vae}@{checkpoints.VAE_REVISION[:8]}; "
         line("", vae * bool(checkpoint.vae) + checkpoint.note)
-        line("", "here" if checkpoints.downloaded(checkpoint) else f"not here: memlib fetch {name}")
+    for alias, name in ALIASES.items():
+        line(alias, f"an older name of {name}")
     print("Lists")
     for name in lists.LISTS:
         if not lists.list_file(name).is_file():
@@ -230,11 +230,13 @@ def doctor(_options) -> None:
     usable = severity.available()
     for measure, (name, _) in severity.PREPROCESSING.items():
         network = severity.OFFICIAL[name]
-        state = f"not here: memlib fetch {name}{'' if network.sha256 else ' --sha256 ...'}"
+        state = f"not here: memlib fetch {name}{'' if network.trusted else ' --sha256 ...'}"
         if network.path.is_file():
-            state = "here" if measure in usable else "refused: another sha256 than"
-            state += f" {network.trusted[:12] or 'any known'}"
-        line(measure, f"{network.file}: {state}")
+            state = "here" if measure in usable else f"refused, see {network.variable}_SHA256"
+        known = f"sha256 {network.trusted[:12]}" if network.trusted else "no published sha256"
+        line(measure, f"{network.file} ({known}): {state}")
+        if network.note:
+            line("", network.note)
     print("Time for 100 prompts, 10 seeds, 50 steps (computed, not measured)")
     shown = [card] if card else cost.CARDS
     for name in ("sd14", "sd21"):
@@ -243,6 +245,27 @@ def doctor(_options) -> None:
     if card:
         line("batch", f"about {cost.batch_for('sd14', memory)} images of SD v1.4 at once")
     line("lab", "a few minutes on two cores")
+
+
+def _here(known) -> str:
+    """Whether a named model and its VAE are in the Hub's cache; which commit, if none is pinned."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from memlib import checkpoints
+
+    names = [name for name in (known.file, known.half) if name] or ["model_index.json"]
+    found = [try_to_load_from_cache(known.repository, n, revision=known.revision) for n in names]
+    found = [Path(file) for file in found if isinstance(file, str)]
+    if not found:
+        return ""
+    commit = next(p.name for p in found[0].parents if p.parent.name == "snapshots")
+    state = "here" if known.revision == commit else f"here, at {commit[:8]}"
+    weights = "diffusion_pytorch_model.safetensors"
+    if known.vae and not isinstance(
+        try_to_load_from_cache(known.vae, weights, revision=checkpoints.VAE_REVISION), str
+    ):
+        return f"{state}, but not its VAE: memlib fetch brings it"
+    return state
 
 
 def _has_gpu() -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,8 +18,85 @@ from memlib.errors import first_line, nearest
 from memlib.lists import data_folder
 
 SSCD_SIDE = 288  # pixels, the size SSCD was trained at
-OFFICIAL = "sscd_disc_mixup.torchscript.pt"
-OFFICIAL_URL = f"https://dl.fbaipublicfiles.com/sscd-copy-detection/{OFFICIAL}"
+
+
+@dataclass(frozen=True)
+class Network:
+    """One of Meta's TorchScript files of SSCD (MIT licence). Meta publishes no checksums."""
+
+    name: str  # for `memlib fetch`
+    file: str
+    variable: str  # of the environment: another path; with _SHA256 behind it, another checksum
+    sha256: str = ""
+    size: int = 4_000_000_000  # bytes, at most
+    note: str = ""
+
+    @property
+    def url(self) -> str:
+        return f"https://dl.fbaipublicfiles.com/sscd-copy-detection/{self.file}"
+
+    @property
+    def path(self) -> Path:
+        """Where the environment says that the file lies, or where `memlib fetch` puts it."""
+        return Path(os.environ.get(self.variable) or data_folder(self.file))
+
+    @property
+    def trusted(self) -> str:
+        """The checksum to have: the environment's, or one given to `memlib fetch`, or our own."""
+        if named := os.environ.get(f"{self.variable}_SHA256"):
+            return named.lower()
+        given = data_folder(f"{self.file}.sha256")
+        if given.is_file() and not os.environ.get(self.variable):
+            return given.read_text().strip()
+        return self.sha256
+
+    def read(self) -> bytes:
+        """The file's bytes, if its checksum is the trusted one: TorchScript runs code.
+
+        Raises
+        ------
+        FileNotFoundError
+            It is not here.
+        ValueError
+            It is another file, or nothing says which file it should be.
+        """
+        if not self.path.is_file():
+            option = "" if self.sha256 else " --sha256 ..."
+            raise FileNotFoundError(
+                f"{self.file} is not here: memlib fetch {self.name}{option} brings it, or set "
+                f"{self.variable} to its path; severity='sscd' needs no download"
+            )
+        data = self.path.read_bytes()
+        found = hashlib.sha256(data).hexdigest()
+        if found != self.trusted:
+            wanted = f"not {self.trusted}" if self.trusted else "and no published one is known"
+            raise ValueError(
+                f"{self.path} has the sha256 {found}, {wanted}; such a file runs code: if you "
+                f"trust it, set {self.variable}_SHA256 to that"
+            )
+        return data
+
+
+OFFICIAL = {
+    network.name: network
+    for network in (
+        # This checksum is stated in at least eight public code bases.
+        Network(
+            "sscd", "sscd_disc_mixup.torchscript.pt", "MEMLIB_SSCD",
+            "9f26bd4c848cc19b73d2ae92eea6e04886f61a7b764ceb7a13aeee62e6a6db56", 98_791_638,
+        ),
+        # None was found of this one: code that uses it keeps whatever it is given.
+        Network(
+            "sscd-large", "sscd_disc_large.torchscript.pt", "MEMLIB_SSCD_LARGE",
+            note="the score of the authors' current code",
+        ),
+    )
+}  # fmt: skip
+PREPROCESSING = {  # of the official networks: measure → network, what is done to a picture
+    "sscd-small288": ("sscd", "small_288"),
+    "sscd-skew320": ("sscd", "skew_320"),
+    "sscd-large288": ("sscd-large", "skew_288"),
+}
 
 
 def sscd_side(size: int) -> int:
@@ -56,43 +136,31 @@ def _sscd(model: str, side: int | None) -> Callable:
     return describe
 
 
-def official_file() -> Path:
-    """Meta's TorchScript file of SSCD: ``$MEMLIB_SSCD``, or where ``memlib fetch sscd`` puts it."""
-    return Path(os.environ.get("MEMLIB_SSCD") or data_folder(OFFICIAL))
-
-
 def official_input(image: np.ndarray, preprocessing: str) -> np.ndarray:
     """A picture as SSCD's authors feed it: float32 [rgb, y, x], ImageNet's normalisation.
 
     ``small_288``: the short side to 288, the shape kept. ``skew_320``: 320 x 320 whatever the
-    shape. Both bilinear, as torchvision's `Resize` on a PIL image.
+    shape; ``skew_288`` alike. All bilinear, as torchvision's `Resize` on a PIL image.
     """
     height, width = image.shape[:2]
-    short = min(height, width)
-    size = (320, 320)
-    if preprocessing == "small_288":
-        size = (int(288 * width / short), int(288 * height / short))
+    kind, side = preprocessing.split("_")
+    size = (int(side), int(side))
+    if kind == "small":
+        size = tuple(int(int(side) * n / min(height, width)) for n in (width, height))
     resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
     x = np.asarray(resized, np.float32) / 255
     x = (x - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
     return np.ascontiguousarray(x.transpose(2, 0, 1))
 
 
-def _official(preprocessing: str) -> Callable:
-    """The official TorchScript SSCD, [image, 512] of unit length (Pizzi et al. 2022)."""
+def _official(measure: str) -> Callable:
+    """An official TorchScript SSCD, [image, 512 or 1024] of unit length (Pizzi et al. 2022)."""
     import torch
 
-    file = official_file()
-    if not file.is_file():
-        raise FileNotFoundError(
-            "the official SSCD is not here: memlib fetch sscd --sha256 ... brings it, or set "
-            f"MEMLIB_SSCD to {OFFICIAL}; severity='sscd' needs no download"
-        )
-    wanted = os.environ.get("MEMLIB_SSCD_SHA256", "")
-    if wanted and sha256(file) != wanted.lower():
-        raise ValueError(f"{file} does not have the sha256 that MEMLIB_SSCD_SHA256 names")
+    name, preprocessing = PREPROCESSING[measure]
+    data, file = OFFICIAL[name].read(), OFFICIAL[name].path
     try:
-        network = torch.jit.load(str(file), map_location="cpu").eval()
+        network = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{file} is no TorchScript file: {first_line(error)}") from error
 
@@ -111,8 +179,9 @@ def provenance(measure: str, size: int) -> dict:
     """What a trace says of its scores: measure, preprocessing, and the checksum of the network."""
     note = {"measure": measure, "sscd_side": sscd_side(size)}
     if measure in PREPROCESSING:
-        note |= {"preprocessing": PREPROCESSING[measure], "sha256": sha256(official_file())}
-        note["sscd_side"] = int(PREPROCESSING[measure][-3:])
+        network, preprocessing = PREPROCESSING[measure]
+        note |= {"preprocessing": preprocessing, "sha256": OFFICIAL[network].trusted}
+        note["sscd_side"] = int(preprocessing.split("_")[1])
     elif measure.startswith("sscd"):
         note["preprocessing"] = f"square, side {sscd_side(size)}"
     return note
@@ -129,20 +198,21 @@ def _ncc() -> Callable:
     return describe
 
 
-PREPROCESSING = {"sscd-small288": "small_288", "sscd-skew320": "skew_320"}
 _DESCRIPTORS = {
     "sscd": lambda side: _sscd("sscd", side),
     "sscd-distilled": lambda side: _sscd("sscd_distilled", side),
-    "sscd-small288": lambda side: _official("small_288"),
-    "sscd-skew320": lambda side: _official("skew_320"),
+    "sscd-small288": lambda side: _official("sscd-small288"),
+    "sscd-skew320": lambda side: _official("sscd-skew320"),
+    "sscd-large288": lambda side: _official("sscd-large288"),
     "ncc": lambda side: _ncc(),
 }
 MEASURES = tuple(_DESCRIPTORS)
 
 
 def available() -> list[str]:
-    """The measures that can be used here: all but the official ones whose file is not here."""
-    return [m for m in MEASURES if m not in PREPROCESSING or official_file().is_file()]
+    """The measures that can be used here: not the official ones whose file is not here."""
+    here = {n for n, o in OFFICIAL.items() if o.path.is_file() and sha256(o.path) == o.trusted}
+    return [m for m in MEASURES if m not in PREPROCESSING or PREPROCESSING[m][0] in here]
 
 
 @lru_cache
@@ -155,6 +225,7 @@ def descriptor(
     normalised cross-correlation of the pixels, which needs nothing installed. `side` overrides
     `sscd_side`; scores at different sides are not comparable. ``sscd-small288``,
     ``sscd-skew320``: the official float32 TorchScript file with its two published preprocessings.
+    ``sscd-large288``: sscd_disc_large at 288 x 288, the score of the paper's authors' current code.
     """
     if measure not in _DESCRIPTORS:
         raise ValueError(f"unknown severity measure {measure!r}{nearest(measure, MEASURES)}")

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import re
 import shutil
 import tarfile
 import zipfile
@@ -18,7 +17,7 @@ from PIL import Image
 
 import memlib
 from memlib import cli, lists, severity
-from memlib.checkpoints import CHECKPOINTS
+from memlib.checkpoints import CHECKPOINTS, VAE_REVISION
 from memlib.pairs import PairsError
 
 LAB = memlib.load_pairs("lab").query("kind == 'planted'").reset_index(drop=True)
@@ -400,19 +399,44 @@ def test_the_doctor(webster, official, monkeypatch, capsys):
                   "not here: memlib fetch webster-sd21"):  # fmt: skip
         assert words in out
     for name, checkpoint in CHECKPOINTS.items():
-        assert re.search(rf"^  {name} .*{re.escape(str(checkpoint))}$", out, re.MULTILINE)
+        assert f"  {name:<16} {checkpoint}: not here: memlib fetch {name}\n" in out
         assert checkpoint.note in out
-        assert out.count(f"not here: memlib fetch {name}\n") == 1
     assert out.count("VAE stabilityai/sd-vae-ft-mse@31f26fde") == 3
-    assert out.count("or realvis: ") == 1
+    assert out.count("\n  realvis ") == 1
+    assert "  realvis          an older name of realvis14\n" in out
     large, mixup = (severity.OFFICIAL[name].file for name in ("sscd-large", "sscd"))
-    assert out.count(f"{mixup}: here {sha256_of(official)[:12]}") == 2
-    assert f"{large}: refused: another sha256 than any known" in out
+    assert out.count(f"{mixup} (sha256 {sha256_of(official)[:12]}): here\n") == 2
+    assert f"{large} (no published sha256): refused, see MEMLIB_SSCD_LARGE_SHA256" in out
     official.unlink()
     cli.main(["doctor"])
     out = capsys.readouterr().out
-    assert f"{large}: not here: memlib fetch sscd-large --sha256 ..." in out
-    assert f"{mixup}: not here: memlib fetch sscd\n" in out
+    assert f"{large} (no published sha256): not here: memlib fetch sscd-large --sha256 ..." in out
+    assert out.count("): not here: memlib fetch sscd\n") == 2
+
+
+def test_the_doctor_says_which_commit_is_here(official, tmp_path, monkeypatch, capsys):
+    """In a cache as the Hub's library lays it out."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def put(repository, commit, file, ref=""):
+        folder = tmp_path / f"models--{repository.replace('/', '--')}"
+        place = folder / "snapshots" / commit / file
+        place.parent.mkdir(parents=True)
+        place.touch()
+        if ref:
+            (folder / "refs").mkdir()
+            (folder / "refs" / ref).write_text(commit)
+
+    sd, realvis = CHECKPOINTS["sd14"], CHECKPOINTS["realvis20"]
+    put(sd.repository, sd.revision, "model_index.json")
+    put(realvis.repository, "a1b2c3d4" * 5, realvis.half, "main")
+    for state in (", but not its VAE: memlib fetch brings it", ""):
+        assert cli.main(["doctor"]) == 0
+        out = capsys.readouterr().out
+        assert f"{sd}: here\n" in out
+        assert f"{realvis}: here, at a1b2c3d4{state}\n" in out
+        if state:
+            put(realvis.vae, VAE_REVISION, "diffusion_pytorch_model.safetensors")
 
 
 def test_help_lists_every_model(capsys):
