@@ -141,6 +141,25 @@ def test_rows_of_earlier_versions_are_read(tmp_path):
     assert lines[3].startswith(f"guidance-needed,realvis14,Realistic Vision V1.4,{REALVIS}@cccc")
 
 
+def test_what_is_in_a_fingerprint_is_kept(tmp_path, monkeypatch, numbers):
+    """Hashes are shortened, each of them; a folder that is called like a model is another one."""
+    monkeypatch.chdir(tmp_path)
+    for model, fingerprint in (
+        ("lab", "a" * 64), ("./lab", f"{'b' * 64} vae {'c' * 64}"), ("./sd14", "d" * 64),
+        ("realvis", f"{REALVIS}@{'e' * 40} {FILE}"),
+    ):  # fmt: skip
+        trace = trace_of(model=model)
+        trace.attrs["fingerprint"] = fingerprint
+        claims.settle("overestimated", trace, np.median, numbers)
+    found = claims.read()
+    assert dict(zip(found.model, found.fingerprint, strict=True)) == {
+        "lab": "a" * 12, "./lab": f"{'b' * 12} vae {'c' * 12}", "./sd14": "d" * 12,
+        "realvis14": f"{REALVIS}@{'e' * 40} {FILE}",
+    }  # fmt: skip
+    titles = [book.build_of(row)[0] for row in claims.read_rows()]
+    assert titles == ["the lab", "./lab", "./sd14", "Realistic Vision V1.4"]
+
+
 def test_a_group_without_prompts_leaves_no_row(tmp_path, monkeypatch, numbers):
     monkeypatch.chdir(tmp_path)
     claims.settle("converge-earlier", trace_of(), claims.ratio, numbers, numbers)
@@ -182,6 +201,7 @@ def ledger_of(tmp_path, rows):
 
 
 REALVIS = "SG161222/Realistic_Vision_V1.4"
+FILE = "Realistic_Vision_V1.4.safetensors config 123456789abc"
 SD14 = "CompVis/stable-diffusion-v1-4"
 
 
@@ -236,7 +256,8 @@ def test_a_column_is_of_one_checkpoint_and_precision(tmp_path):
         row(model="stable-diffusion-v1-4", sampler="ddpm", fingerprint=f"{SD14}@{'a' * 40}",
             precision="float16", verdict="not decided"),
         row(model="sd14", fingerprint=f"{SD14}@{'b' * 40} vae some/vae@{'d' * 40}", value=5.0),
-        row(model="realvis", fingerprint=f"{REALVIS}@{'c' * 40}", verdict="does not hold"),
+        row(model="realvis", fingerprint=f"{REALVIS}@{'c' * 40} {FILE} vae {'e' * 12}",
+            verdict="does not hold"),
     ]  # fmt: skip
     matrix, ledger = ledger_of(tmp_path, rows)
     heads = re.findall(r'<th colspan="2">([^<]*)(?:<br><small[^>]*>([^<]*))?', matrix)
@@ -244,12 +265,13 @@ def test_a_column_is_of_one_checkpoint_and_precision(tmp_path):
         ("the lab", ""),
         ("SD v1.4", "@aaaaaaaa, float16"),
         ("SD v1.4", "@bbbbbbbb, VAE @dddddddd, float32"),
-        ("Realistic Vision V1.4", "@cccccccc, float32"),
+        ("Realistic Vision V1.4", "@cccccccc, VAE eeeeeeeeeeee, float32"),
     ]
     assert cells_of(matrix, "overestimated") == [
         ["not run", "✓ holds", "? not decided", "✓ holds", "not run", "✗ does not hold", "not run"]
     ]
     assert f"- SD v1.4: `{SD14}@{'a' * 40}` float16" in matrix
+    assert f"{REALVIS}@{'c' * 40} {FILE} vae" in matrix
     assert "Not run yet: SD v2.1, SD v2.1-base, Realistic Vision V2.0.\n" in matrix
     assert "on SD v1.4 (@bbbbbbbb, VAE @dddddddd, float32), DDIM: 5 " in ledger
     table = pd.read_csv(tmp_path / "stage/_static/results.csv")
@@ -262,6 +284,7 @@ def test_two_labs_are_told_apart(tmp_path):
     matrix, _ = ledger_of(tmp_path, [row(), row(fingerprint="e" * 12, sampler="ddpm")])
     assert "ffffffff, float32" in matrix
     assert "eeeeeeee, float32" in matrix
+    assert "Not run yet: SD v1.4" in matrix
     assert cells_of(matrix, "overestimated") == [["✓ holds", "not run", "not run", "✓ holds"]]
 
 
