@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import re
@@ -59,7 +60,7 @@ def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         anywhere = "*" if "@" in model.fingerprint else where
-        known = [f for name in (own, shared) for f in folder.parent.glob(f"{name}-{anywhere}")]
+        known = [f for name in (own, shared) for f in folder.parent.glob(f"{name}-{anywhere}*")]
         known = sorted((f for f in known if f.is_dir()), key=lambda f: -f.stat().st_mtime)
         for candidate in (folder, *(f for f in known if f != folder)):
             if candidate.is_dir() and (run := Run(candidate)).covers(agreed, rows, seeds):
@@ -76,10 +77,16 @@ def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **
 
 
 def run_folder(model, pairs: pd.DataFrame, **settings) -> Path:
-    """Where ``memlib trace`` keeps a run of these settings: more prompts or seeds join it."""
+    """Where ``memlib trace`` keeps a run of these settings: more prompts or seeds join it.
+
+    Another list, whose ids are those of recorded prompts and all stand for others, gets a run of
+    its own beside it.
+    """
     agreed, _ = identity(sample.reverse_trace, unwrapped(model), pairs, settings)
     _, shared, where = _names(sample.reverse_trace, agreed, [], model)
-    return cache_folder() / f"{shared}-{where}"
+    first, rows = cache_folder() / f"{shared}-{where}", prompt_rows(pairs)
+    beside = (first.with_name(f"{first.name}-{n}") for n in itertools.count(2))
+    return next(f for f in itertools.chain([first], beside) if Run(f).takes(rows))
 
 
 def card_file(name: str) -> Path:

@@ -4,6 +4,14 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+def short(value: object, most: int = 80) -> str:
+    """A value's text in one line of at most `most` characters; the middle of a longer one goes."""
+    text = str(value)
+    if len(text) > most:
+        text = f"{text[: most // 2 - 1]}…{text[-(most // 2 - 1) :]}"
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`": did you mean 'ddim'?"` or, where nothing is near, the list of valid names."""
     valid = [str(v) for v in valid]

@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 import numpy as np
 import pandas as pd
@@ -36,7 +36,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from memlib import checksums
-from memlib.errors import first_line, nearest
+from memlib.errors import first_line, nearest, short
+from memlib.lists import FORMATS, SET_ASIDE, SHARED, one_for_many, shared_note
+from memlib.pairs import PairsError, readable, to_rgb
 
 COLUMNS = ["prompt_id", "url", "status", "reason", "file", "bytes", "width", "height", "sha256"]
 HEADERS = {
@@ -45,18 +47,18 @@ HEADERS = {
     "Accept-Encoding": "identity",
     "Connection": "close",
 }
-MAGIC = {
-    "JPEG": (rb"\xff\xd8\xff", ".jpg"),
-    "PNG": (rb"\x89PNG\r\n\x1a\n", ".png"),
-    "WEBP": (rb"RIFF....WEBP", ".webp"),
-    "GIF": (rb"GIF8[79]a", ".gif"),
-    "BMP": (rb"BM", ".bmp"),
-    "TIFF": (rb"II[*+]\0|MM\0[*+]", ".tif"),
-}
 REDIRECTS = 5
 LONGEST_WAIT = 60  # seconds; a host that asks for more is left alone for the rest of the run
 GONE = ("HTTP 404", "HTTP 410")
 SAFE = "%/:=&?~+!$,;'@()*[]"  # not quoted again
+# What a server calls the picture that it gives in place of one that is gone.
+STAND_IN = re.compile(
+    r"\bno ?(?:image|img|photo|picture|thumb|pic\b)|(?:not|un) ?(?:found|available)|place ?holder|"
+    r"coming ?soon|hot ?link|(?:image|img|photo|picture|file|content|item|product) ?"
+    r"(?:removed|deleted|missing|expired|gone|error)\b|"
+    r"^(?:removed|deleted|missing|expired|error|blank|default|spacer|404)"
+    r"(?: (?:image|img|photo|picture|large|small|medium|thumb|[\dx]+))*$"
+)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 DECODING = threading.Lock()  # one image at a time: 80 megapixels are 240 MB
 Seconds = int | float
@@ -65,6 +67,9 @@ Seconds = int | float
 class FetchError(OSError):
     """A file that cannot be had or kept; the message says which and why."""
 
+    def __init__(self, message: str):
+        super().__init__(short(message, 300))
+
 
 class _Failed(Exception):  # noqa: N818
     """One address's failure; `wait`: the seconds before another attempt makes sense, or None."""
@@ -72,6 +77,10 @@ class _Failed(Exception):  # noqa: N818
     def __init__(self, reason: str, wait: Seconds | None = None, host: str = ""):
         super().__init__(reason)
         self.wait, self.host = wait, host
+
+
+class _StandIn(_Failed):
+    """An address that leads to a placeholder."""
 
 
 def download(
@@ -96,7 +105,8 @@ def download(
 
     Parameters
     ----------
-    items : columns `prompt_id`, and `url`: an address, or a list of them, tried in order.
+    items : columns `prompt_id`, and `url`: an address, or a list of them, tried in order; and
+        `group`, where it is known: the same for near-duplicate captions (`lists.near_duplicates`).
     timeout, total : seconds for a connection or a read, and for one attempt at an address.
     retries, backoff : attempts after the first where another can help, and the seconds before.
     per_host, delay : simultaneous requests to a host, and seconds between their starts.
@@ -108,7 +118,9 @@ def download(
     A row an item: prompt_id, url (the one used), status, reason, file, bytes, width, height,
     sha256. The status is ``ok``, ``kept`` (already there), ``set aside`` (not a usable image;
     placeholders go to `folder`/set-aside) or ``failed``. `folder`/report.csv holds the same rows,
-    and those of earlier runs with other items.
+    and those of earlier runs with other items. One picture that different addresses gave is set
+    aside by the rule of `lists.one_for_many`, with all that lies in `folder`/set-aside; where it is
+    kept, its reason names the others. Then an item's next addresses are tried.
 
     Raises
     ------
@@ -120,17 +132,16 @@ def download(
     folder = Path(folder)
     todo = _check_items(items)
     client = _Client(timeout, total, max_bytes, per_host, delay, backoff, allow_private)
+    groups = dict(zip(todo, items["group"], strict=True)) if "group" in items else {}
     pending: dict[str, deque] = {}
-    for stem, urls in todo.items():
-        pending.setdefault(_host(urls), deque()).append(stem)
     results: SimpleQueue = SimpleQueue()
 
     def work() -> None:
         try:
             while (stem := client.next(pending)) is not None:
                 old = rows.get(stem)
-                results.put(_item(client, folder, stem, todo[stem], old, retries, retry_failed,
-                                  min_side, max_pixels))  # fmt: skip
+                results.put(_item(client, folder, stem, wanted[stem], old, retries, retry_failed,
+                                  min_side, max_pixels, refused))  # fmt: skip
         except BaseException as error:
             results.put(error)  # raised by the thread that called
 
@@ -140,19 +151,28 @@ def download(
             rows = _read_report(folder)
             _write_report(folder, rows)  # a folder that cannot be written fails here, not later
             saved = time.monotonic()
-            count = min(workers, len(todo))
-            threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+            wanted, threads = todo, []
             try:
-                for thread in threads:
-                    thread.start()
-                for _ in tqdm(todo, desc="images", disable=None if progress else True):
-                    row = results.get()
-                    if isinstance(row, BaseException):
-                        raise row
-                    rows[row["prompt_id"]] = row
-                    if time.monotonic() - saved > 1:
-                        _write_report(folder, rows)
-                        saved = time.monotonic()
+                while wanted:
+                    refused = _refused(folder)
+                    for stem, urls in wanted.items():
+                        pending.setdefault(_host(urls), deque()).append(stem)
+                    count = min(workers, len(wanted))
+                    threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+                    for thread in threads:
+                        thread.start()
+                    for _ in tqdm(wanted, desc="images", disable=None if progress else True):
+                        row = results.get()
+                        if isinstance(row, BaseException):
+                            raise row
+                        stem = row["prompt_id"]
+                        if wanted is not todo and row["status"] != "ok":
+                            row = max(rows[stem], row, key=_rank)  # its other addresses
+                        rows[stem] = row
+                        if time.monotonic() - saved > 1:
+                            _write_report(folder, rows)
+                            saved = time.monotonic()
+                    wanted = _one_for_many(folder, rows, todo, groups)
             finally:
                 client.stop()
                 for thread in threads:
@@ -188,6 +208,7 @@ def file(
     target = Path(target)
     client = _Client(timeout, total, max_bytes, 1, 0, backoff, allow_private)
     partial = target.with_name(f"{target.name}.partial")
+    name = f"{target.name} from {short(url)}"
     with _disk(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f"{target.name}.lock")):
@@ -200,10 +221,10 @@ def file(
                 with bar:
                     client.save(url, partial, retries, bar)
                 if difference := _differs(partial, wanted):
-                    raise FetchError(f"{target.name} from {url}: {difference}; it was removed")
+                    raise FetchError(f"{name}: {difference}; it was removed")
                 os.replace(partial, target)
             except _Failed as error:
-                raise FetchError(f"{target.name} from {url}: {error}") from error
+                raise FetchError(f"{name}: {error}") from error
             finally:
                 partial.unlink(missing_ok=True)
     return target
@@ -238,34 +259,36 @@ def _look(path: Path, min_side: int, max_pixels: int) -> _Look:
         return _Look("no such file")
     with path.open("rb") as handle:
         head = handle.read(1024)
-    kind = next((k for k, (m, _) in MAGIC.items() if re.match(m, head, re.DOTALL)), None)
+    kind = next((k for k, (m, _) in FORMATS.items() if re.match(m, head, re.DOTALL)), None)
     if kind is None:
         return _Look(_what(head))
-    suffix, size = MAGIC[kind][1], (0, 0)
+    suffix, size = FORMATS[kind][1][0], (0, 0)
     with DECODING, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("ignore")
+        if kind not in readable():
+            return _Look(f"an {kind} picture, which this Pillow cannot read: it needs a newer one")
         try:
             with Image.open(path, formats=[kind]) as image:
                 size = image.size
                 if size[0] * size[1] > max_pixels:
                     bomb = f"a decompression bomb: {size[0]} x {size[1]} pixels"
                     return _Look(f"{bomb}, more than {max_pixels}", suffix, size)
-                image.load()
-                deep = image.mode[0] in "IF"  # 16 bits and more would be clipped to RGB
-                extrema = np.array((image if deep else image.convert("RGB")).getextrema())
+                picture = to_rgb(image)
+                size, extrema = picture.size, picture.getextrema()
         except Image.DecompressionBombError as error:
             return _Look(f"a decompression bomb: {first_line(error)}", suffix, size)
+        except PairsError as error:
+            return _Look(str(error), suffix, size, True)
         except Exception as error:  # damaged files raise nearly anything
-            reason = f"a damaged {kind}, it cannot be decoded: {first_line(error)}"
+            reason = f"a damaged {kind}, it cannot be decoded: {short(first_line(error), 120)}"
             return _Look("truncated" if "truncated" in reason else reason, suffix, size)
-    low, high = np.atleast_2d(extrema).T
     reason = None
     if min(size) < min_side:
         reason = f"tiny: {size[0]} x {size[1]} pixels, a side below {min_side}"
-    elif not high.any():
+    elif not any(high for _, high in extrema):
         reason = "all black: a placeholder"
-    elif (low == high).all():
-        reason = f"a single colour {tuple(high.tolist())}: a placeholder"
+    elif all(low == high for low, high in extrema):
+        reason = f"a single colour {tuple(high for _, high in extrema)}: a placeholder"
     return _Look(reason, suffix, size, True)
 
 
@@ -275,17 +298,19 @@ def _what(head: bytes) -> str:
         return "empty"
     if b"<html" in head or b"<!doctype html" in head:
         return "an HTML page, not an image"
+    if re.match(rb"....ftyp(hei|hev|mif1|msf1)", head, re.DOTALL):
+        return "a HEIF picture, which Pillow does not read: convert it to PNG"
     if b"<svg" in head:
         return "an SVG drawing, not a photograph"
-    return f"not an image of a known kind ({', '.join(MAGIC)})"
+    return f"not an image of a known kind ({', '.join(FORMATS)})"
 
 
 def _item(
     client: _Client, folder: Path, stem: str, urls: list[str], old: dict | None, retries: int,
-    retry_failed: bool, min_side: int, max_pixels: int,
+    retry_failed: bool, min_side: int, max_pixels: int, refused: dict[str, str],
 ) -> dict:  # fmt: skip
     """One item's row: the file that is there, the earlier verdict, or its first usable address."""
-    finals = [folder / f"{stem}{suffix}" for _, suffix in MAGIC.values()]
+    finals = [folder / f"{stem}{endings[0]}" for _, endings in FORMATS.values()]
     partial = folder / f"{stem}.partial"
     partial.unlink(missing_ok=True)
     for final in finals:
@@ -304,6 +329,9 @@ def _item(
             client.save(url, partial, retries)
             look = _look(partial, min_side, max_pixels)
             row = _row(stem, url, "set aside" if look.reason else "ok", look.reason, partial, look)
+            if row["status"] == "ok" and (same := refused.get(row["sha256"])):
+                look = look._replace(reason=shared_note([same]))
+                row |= {"status": "set aside", "reason": look.reason}
             if look.reason is None:
                 final = folder / f"{stem}{look.suffix}"
                 os.replace(partial, final)
@@ -312,14 +340,45 @@ def _item(
                         other.unlink(missing_ok=True)
                 return row | {"file": final.name}
             if look.decoded:
-                (folder / "set-aside").mkdir(exist_ok=True)
-                os.replace(partial, folder / "set-aside" / f"{stem}{look.suffix}")
+                (folder / SET_ASIDE).mkdir(exist_ok=True)
+                os.replace(partial, folder / SET_ASIDE / f"{stem}{look.suffix}")
             rows.append(row | {"file": ""})
         except _Failed as error:
-            rows.append(_row(stem, url, "failed", str(error)))
+            status = "set aside" if isinstance(error, _StandIn) else "failed"
+            rows.append(_row(stem, url, status, str(error)))
         finally:
             partial.unlink(missing_ok=True)
     return max(rows, key=_rank, default=_row(stem, "", "failed", "no address"))
+
+
+def _refused(folder: Path) -> dict[str, str]:
+    """Checksums of the pictures that were set aside: no other prompt's picture is one of them."""
+    files = sorted((folder / SET_ASIDE).glob("*.*"))
+    return {checksums.sha256(file): f"{SET_ASIDE}/{file.name}" for file in reversed(files)}
+
+
+def _one_for_many(
+    folder: Path, rows: dict[str, dict], todo: dict[str, list[str]], groups: dict
+) -> dict[str, list[str]]:
+    """Set aside one picture that came for many items; the addresses that are left to try."""
+    seen = {
+        stem: (row["sha256"], row["url"] or (todo.get(stem) or [stem])[0], groups.get(stem))
+        for stem, row in rows.items()
+        if row["sha256"] and (row["file"] or row["reason"].startswith(SHARED))
+    }
+    left = {}
+    for stem, (others, placeholder) in one_for_many(seen).items():
+        row = rows[stem]
+        if not placeholder:
+            row["reason"] = row["reason"] or shared_note(others).removeprefix("a placeholder: ")
+        elif row["file"]:
+            (folder / SET_ASIDE).mkdir(exist_ok=True)
+            os.replace(folder / row["file"], folder / SET_ASIDE / row["file"])
+            row |= {"status": "set aside", "reason": shared_note(others), "file": ""}
+            urls = todo.get(stem, [])
+            if after := urls[urls.index(row["url"]) + 1 if row["url"] in urls else 0 :]:
+                left[stem] = after
+    return left
 
 
 def _rank(row: dict) -> int:
@@ -341,14 +400,15 @@ def _row(
 def _check_items(items: pd.DataFrame) -> dict[str, list[str]]:
     for column in ("prompt_id", "url"):
         if column not in items:
-            raise ValueError(f"items have no column {column!r}{nearest(column, items.columns)}")
+            known = short(nearest(column, items.columns), 200)
+            raise ValueError(f"items have no column {column!r}{known}")
     todo: dict[str, list[str]] = {}
     seen = set()  # some disks take A and a for one file
     for stem, urls in zip(items.prompt_id.astype(str), items.url, strict=True):
         if not re.fullmatch(r"\w[\w.-]*", stem) or len(stem.encode()) > 200:
             raise ValueError(f"prompt_id {stem[:80]!r} is no file name: use letters, digits, _ - .")
         if stem.casefold() in seen:
-            raise ValueError(f"prompt_id {stem!r} stands twice")
+            raise ValueError(f"prompt_id {short(stem)!r} stands twice")
         seen.add(stem.casefold())
         urls = [urls] if isinstance(urls, str) else urls if np.iterable(urls) else []
         todo[stem] = [url.strip() for url in urls if isinstance(url, str) and url.strip()]
@@ -412,6 +472,15 @@ def _split(url: str) -> tuple[SplitResult, str, int]:
     if not host:
         raise _Failed("not an address: no host")
     return parts, host, port
+
+
+def _name(url: str) -> str:
+    """The words of a file's name in an address: NoImage_200x200.png is ``no image 200x200``."""
+    with suppress(ValueError):
+        stem = Path(unquote(urlsplit(url).path)).stem
+        words = re.sub(r"(?<=[a-z])(?=[A-Z\d])|[\W_]+", " ", stem)
+        return " ".join(words.lower().split())
+    return ""
 
 
 def _host(urls: list[str]) -> str:
@@ -544,10 +613,13 @@ class _Client:
             left -= time.monotonic() - start
             if location is None:
                 return
+            before = _name(url)
             try:
                 url = urljoin(url, location)
             except ValueError as error:
                 raise _Failed("redirected to no address") from error
+            if (name := _name(url)) != before and STAND_IN.search(name):
+                raise _StandIn(f"redirected to {short(url)}: a placeholder")
         raise _Failed(f"more than {REDIRECTS} redirects")
 
     def _hop(

@@ -6,23 +6,43 @@ downloads one list, and from the addresses in it what is left of its images.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import tarfile
 import zipfile
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 
-from memlib.errors import first_line
+from memlib.errors import first_line, short
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB = "https://huggingface.co/datasets/fraisdufour/templates-verbs/resolve/main"
 KINDS = {"MV": "memorized", "RV": "memorized", "TV": "template", "N": "control"}
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Still pictures that Pillow reads and a training set may hold (no icons, no drawings of an editor):
+# how their content begins, and their endings, the first of which we give.
+FORMATS = {
+    "JPEG": (rb"\xff\xd8\xff", (".jpg", ".jpeg", ".jpe", ".jfif")),
+    "PNG": (rb"\x89PNG\r\n\x1a\n", (".png", ".apng")),
+    "WEBP": (rb"RIFF....WEBP", (".webp",)),
+    "GIF": (rb"GIF8[79]a", (".gif",)),
+    "BMP": (rb"BM", (".bmp", ".dib")),
+    "TIFF": (rb"II[*+]\0|MM\0[*+]", (".tif", ".tiff")),
+    "AVIF": (rb"....ftyp(....){0,12}?avi[fs]", (".avif",)),
+    "JPEG2000": (
+        rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+        (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
+    ),
+    "PPM": (rb"P[1-6]\s", (".ppm", ".pgm", ".pbm", ".pnm")),
+}
+ENDINGS = tuple(ending for _, endings in FORMATS.values() for ending in endings)
+SET_ASIDE = "set-aside"  # a folder of placeholders beside downloaded pictures
 
 
 @dataclass(frozen=True)
@@ -69,20 +89,34 @@ def list_file(name: str) -> Path:
 def standard(table: pd.DataFrame) -> pd.DataFrame:
     """A list's rows in the columns of a manifest.
 
-    `prompt_id` is the list's `index`; a row whose index stands twice is kept apart under a number
-    of its own. `kind` follows `overfit_type`: MV (matching verbatim) and RV (retrieved verbatim)
-    are memorized, TV template, N control. `group` is the same number for near-duplicates.
+    `prompt_id` is the list's `index` as text ("" where it is missing); a row whose index stands
+    twice is kept apart under a number of its own. `kind` follows `overfit_type`: MV (matching
+    verbatim) and RV (retrieved verbatim) are memorized, TV template, N control; a word of another
+    list stays as it is, for it means something else. `group` is the same number for
+    near-duplicates.
     """
     table = table.reset_index(drop=True)
+    if "index" in table:
+        table["index"] = table["index"].map(index_text)
     if "prompt_id" not in table and "index" in table:
-        names, turn = table["index"].astype(str), table.groupby("index").cumcount()
-        table.insert(0, "prompt_id", names.where(turn == 0, names + "-" + (turn + 1).astype(str)))
+        names, turn = table["index"], table.groupby("index").cumcount()
+        alone = (turn == 0) | (names == "")
+        table.insert(0, "prompt_id", names.where(alone, names + "-" + (turn + 1).astype(str)))
     if "kind" not in table and "overfit_type" in table:
         types = table.overfit_type.astype(str)
         table["kind"] = types.map(KINDS).fillna(types)
     if "caption" in table:
         table["group"] = near_duplicates(table)
     return table
+
+
+def index_text(value: object) -> str:
+    """A list's index as text: 12 for 12.0, as it reads where another row has none; "" for none."""
+    if not isinstance(value, str) and pd.isna(value):
+        return ""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return re.sub(r"(?<=\d)\.0+$", "", str(value).strip())
 
 
 def near_duplicates(table: pd.DataFrame) -> np.ndarray:
@@ -121,7 +155,8 @@ def reconcile(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     n times in one list and m in the other is ``both`` min(n, m) times; nothing is merged away.
     """
     keys = ["index", "caption", "url"]
-    a, b = (t[keys].astype(str) for t in (first, second))  # a missing address is one, too
+    tables = (t.assign(index=t["index"].map(index_text)) for t in (first, second))
+    a, b = (t[keys].astype(str) for t in tables)  # a missing address is one, too
     a, b = (t.assign(turn=t.groupby(keys).cumcount()) for t in (a, b))
     merged = a.merge(b, how="outer", on=[*keys, "turn"], indicator="list")
     names = {"left_only": "first", "right_only": "second", "both": "both"}
@@ -129,36 +164,166 @@ def reconcile(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     return merged.drop(columns="turn")
 
 
+def pictures_below(folder: Path) -> list[Path]:
+    """The pictures in a folder and below it by their endings, the highest first.
+
+    What is hidden, as the resource forks ``._12.jpg`` of macOS, and what was set aside are not.
+    """
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".") and f != SET_ASIDE]
+        found += [Path(parent, n) for n in names if n[0] != "." and n.lower().endswith(ENDINGS)]
+    return sorted(found, key=lambda file: (len(file.parts), file))
+
+
 def find_images(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """Give each row the picture in `folder` that is named after it, if it is one.
+    """Give each row the picture in `folder`, or below it, that is named after it, if it is one.
 
     A picture is named by `prompt_id`, or by an `index` that stands once, plain or with leading
-    zeros. What is broken, tiny, a page of HTML or a placeholder is set aside: `image` is "" and
-    `image_note` says why.
+    zeros; in a list that has neither, by the row's number from 0. Where img2dataset left a
+    ``12.json`` beside ``12.jpg``, the address or caption in it says whose the picture is: there 12
+    is a row of the list that was downloaded. Of several files the first whole one is taken. What is
+    broken, tiny, a page of HTML or a placeholder is set aside: `image` is "" and `image_note` says
+    why. One picture for several prompts is judged by `one_for_many`; to use it all the same, name
+    it in the manifest's column `image`.
     """
+    from memlib.checksums import sha256
     from memlib.fetch import check_image
 
-    files = {}
-    if folder.is_dir():
-        for file in sorted(folder.iterdir()):
-            if file.suffix.lower() in ENDINGS:
-                files.setdefault(re.sub(r"^0+(?=\d)", "", file.stem), file)
+    files, told = defaultdict(list), {}
+    for file in pictures_below(folder):
+        files[_plain_number(file.stem)].append(file)
+        told[file] = _sidecar(file)
+    described = defaultdict(list)
+    for file, (url, caption) in told.items():
+        described["url", url].append(file)
+        described["caption", caption].append(file)
+    ids = table.prompt_id
+    numbers = table["index"].map(index_text) if "index" in table else ids
+    numbers = numbers.where(~numbers.duplicated(keep=False), ids)
+    if (ids == "").all():
+        ids = numbers = pd.Series([str(n) for n in range(len(table))], table.index)
+    urls = table["url"] if "url" in table else [""] * len(table)
+    urls = [url if isinstance(url, str) else "" for url in urls]
     images, notes = [], []
-    numbers = table["index"].astype(str) if "index" in table else table.prompt_id
-    numbers = numbers.where(~numbers.duplicated(keep=False), table.prompt_id)
-    for names in zip(table.prompt_id, numbers, strict=True):
-        found = [files[k] for n in names if (k := re.sub(r"^0+(?=\d)", "", str(n))) in files]
-        note = check_image(found[0]) if found else "no picture"
-        images.append("" if note else str(found[0].resolve()))
-        notes.append(note or "")
+    for url, caption, *names in zip(urls, table.caption, ids, numbers, strict=True):
+        found = described["url", url] if url else []
+        found = found + [
+            f for f in described["caption", caption] if caption and not (url and told[f][0])
+        ]
+        for name in filter(None, names):
+            for file in files.get(_plain_number(name), ()):
+                said = [(a, b) for a, b in zip(told[file], (url, caption), strict=True) if a and b]
+                if not said or any(a == b for a, b in said):
+                    found.append(file)
+        reasons = {file: check_image(file) for file in dict.fromkeys(found)}
+        whole = [file for file, reason in reasons.items() if reason is None]
+        images.append(str(whole[0].resolve()) if whole else "")
+        notes.append("" if whole else next(iter(reasons.values()), "no picture"))
+    table = table.assign(image=images, image_note=notes)
+    groups, rows = near_duplicates(table), {}
+    for n, (image, url) in enumerate(zip(images, urls, strict=True)):
+        if image:
+            rows[n] = (sha256(Path(image)), url or f"row {n}", groups[n])
+    labels = [name or f"row {n + 1}" for n, name in enumerate(table.prompt_id)]
+    for n, (others, placeholder) in one_for_many(rows).items():
+        if placeholder:
+            images[n], notes[n] = "", shared_note(labels[other] for other in others)
     return table.assign(image=images, image_note=notes)
+
+
+def _plain_number(name: object) -> str:
+    """A name without leading zeros, and without the ``.0`` of a number that was read as a float."""
+    number = re.fullmatch(r"0*(\d+)(\.0)?", str(name))
+    return number[1] if number else str(name)
+
+
+def _sidecar(file: Path) -> tuple[str, str]:
+    """The address and caption that img2dataset wrote into the JSON file beside a picture."""
+    try:
+        told = json.loads(file.with_suffix(".json").read_bytes())
+    except (OSError, ValueError):
+        told = None
+    told = told if isinstance(told, dict) else {}
+    return tuple(v if isinstance(v := told.get(k), str) else "" for k in ("url", "caption"))
+
+
+def one_for_many(
+    rows: dict[Hashable, tuple[str, str, Hashable | None]],
+) -> dict[Hashable, tuple[list, bool]]:
+    """Which pictures are byte for byte those of other prompts, and whether as a placeholder.
+
+    A server that lost its pictures answers every address with the same one, "not available". But
+    the pictures that a model memorizes stand in many places, too, and lists repeat prompts. So one
+    picture is a placeholder where different addresses gave it *and* it stands for
+
+    - two prompts whose captions differ by more than case and punctuation (`near_duplicates`), or
+    - where the captions are not known, three addresses.
+
+    The rule would rather lose a picture than keep a placeholder: a lost one is named in the report
+    and counted, and a placeholder taken for the training image makes every result of its prompt
+    wrong, and nobody sees it. The same address twice (but for scheme and fragment) is no evidence,
+    nor are near-duplicates, however many.
+
+    Parameters
+    ----------
+    rows : for each name the picture's checksum, its address, and its group of near-duplicates or
+        None.
+
+    Returns
+    -------
+    For each name whose picture other addresses gave, too: the others, and the verdict.
+    """
+    same, found = defaultdict(list), {}
+    for name, (digest, *_) in rows.items():
+        same[digest].append(name)
+    for names in same.values():
+        places = {name: re.sub(r"^https?:|#.*$", "", rows[name][1], flags=re.I) for name in names}
+        if len(set(places.values())) == 1:
+            continue
+        groups = {rows[name][2] for name in names} - {None}
+        unknown = {places[name] for name in names if rows[name][2] is None}
+        placeholder = len(groups) > 1 or len(groups) + len(unknown) > 2
+        for name in names:
+            found[name] = ([other for other in names if other != name], placeholder)
+    return found
+
+
+SHARED = "a placeholder: the same picture came for "
+
+
+def shared_note(others: Iterable[str]) -> str:
+    """Why a picture is set aside that came for other prompts, too."""
+    others = list(others)
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return f"{SHARED}{', '.join(short(o, 40) for o in others[:3])}{more}"
+
+
+def copy_pictures(source: Path, folder: Path) -> int:
+    """Copy the pictures in a folder and below it, and what img2dataset says of them; how many.
+
+    Raises
+    ------
+    ValueError
+        `folder` is `source` or lies in it.
+    """
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"the images are to be copied to {folder}, which is in {source} itself")
+    found = pictures_below(source)
+    for file in found:
+        for part in (file, file.with_suffix(".json")):
+            if part.is_file():
+                target = folder / part.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(part, target)
+    return len(found)
 
 
 def unpack(archive: Path, folder: Path, max_bytes: int = 30_000_000) -> int:
     """Copy the pictures of a zip or tar archive into one flat folder; return how many.
 
-    Only regular files with a picture's ending and of at most `max_bytes` are taken, by their bare
-    names: no path of the archive is followed.
+    Only regular files with a picture's ending and of at most `max_bytes`, and the JSON files of
+    img2dataset, are taken, by their bare names: no path of the archive is followed.
 
     Raises
     ------
@@ -171,13 +336,16 @@ def unpack(archive: Path, folder: Path, max_bytes: int = 30_000_000) -> int:
     def keep(name: str, size: int, handle) -> None:
         nonlocal count
         name = PurePosixPath(name).name
-        if handle is None or size > max_bytes or not name.lower().endswith(ENDINGS):
+        picture = name.lower().endswith(ENDINGS)
+        if handle is None or size > max_bytes or name.startswith("."):
+            return
+        if not picture and not name.lower().endswith(".json"):
             return
         partial = folder / f"{name}.partial"
         with partial.open("wb") as out:
             shutil.copyfileobj(handle, out)
         partial.replace(folder / name)
-        count += 1
+        count += picture
 
     try:
         if zipfile.is_zipfile(archive):
@@ -194,5 +362,6 @@ def unpack(archive: Path, folder: Path, max_bytes: int = 30_000_000) -> int:
         else:
             raise ValueError("it is neither zip nor tar")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, ValueError, RuntimeError) as error:
-        raise ValueError(f"archive {archive} cannot be unpacked: {first_line(error)}") from error
+        reason = short(first_line(error), 120)
+        raise ValueError(f"archive {short(archive)} cannot be unpacked: {reason}") from error
     return count

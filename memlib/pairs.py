@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import warnings
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
-from memlib.checksums import digest, verify
-from memlib.errors import first_line, nearest
-from memlib.lists import LISTS, find_images, list_file, standard
+from memlib.checksums import digest, sha256, verify
+from memlib.errors import first_line, nearest, short
+from memlib.lists import (
+    FORMATS,
+    LISTS,
+    data_folder,
+    find_images,
+    index_text,
+    list_file,
+    standard,
+)
 
 LAB_PAIRS = Path(__file__).resolve().parents[1] / "data" / "lab" / "pairs.csv"
-READERS = {
-    ".csv": lambda f: pd.read_csv(
-        f, dtype=dict.fromkeys(("caption", "prompt_id", "image"), str), keep_default_na=False,
-        skip_blank_lines=False,
-    ),
-    ".jsonl": lambda f: pd.read_json(f, lines=True, dtype=False),
-    ".parquet": pd.read_parquet,
-}  # fmt: skip
+# Columns that mean something here, in whatever case a list has them; the first are text.
+TEXTS = ("caption", "prompt_id", "image", "index", "url")
+NAMES = (*TEXTS, "kind", "overfit_type", "multiplicity", "group", "retrieved_urls")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 class PairsError(ValueError):
     """A manifest or an image that cannot be used; the message says which and why."""
+
+    def __init__(self, message: str):
+        super().__init__(short(message, 300))
 
 
 def load_pairs(source: str | Path = "lab", images: str | Path | None = None) -> pd.DataFrame:
@@ -33,12 +50,15 @@ def load_pairs(source: str | Path = "lab", images: str | Path | None = None) -> 
     Parameters
     ----------
     source : ``lab``; ``webster-sd14``, ``webster-sd21`` or ``webster-realvis`` (Webster 2023, once
-        ``memlib fetch`` has brought it); or a CSV, JSON lines or parquet file with a column
-        `caption`. Optional columns: `prompt_id` or `index`, `kind` or Webster's `overfit_type`,
-        `multiplicity`, and `image`, a path relative to the manifest.
-    images : a folder of training images named after `prompt_id` or `index`. For a named list by
-        default where ``memlib fetch`` puts them. What is missing, broken or a placeholder is set
-        aside: `image` is "" and `image_note` says why.
+        ``memlib fetch`` has brought it); or a CSV (with commas, semicolons or tabs), JSON, JSON
+        lines or parquet file with a column `caption`, one caption a row. Optional columns, in any
+        case: `prompt_id` or `index`, `kind` or Webster's `overfit_type`, `multiplicity`, and
+        `image`, a path relative to the manifest, or in parquet the picture itself, as in data sets
+        of the Hub (it is kept in the data folder by its checksum). A row without an id gets one
+        (`name_rows`).
+    images : a folder of training images named after `prompt_id` or `index`, see
+        `lists.find_images`. For a named list by default where ``memlib fetch`` puts them. What is
+        missing, broken or a placeholder is set aside: `image` is "" and `image_note` says why.
 
     Returns
     -------
@@ -47,104 +67,299 @@ def load_pairs(source: str | Path = "lab", images: str | Path | None = None) -> 
     Raises
     ------
     PairsError
-        No such manifest, no caption column, empty or duplicate captions, text that is not UTF-8,
-        a checksum that is not the published one; where the manifest itself names images, one that
-        is missing, unreadable or all black.
+        No such manifest, no caption column, empty or duplicate captions, several captions in a row,
+        text that is not UTF-8, a checksum that is not the published one; where the manifest itself
+        names images, one that is missing, unreadable or all black.
     """
     file = LAB_PAIRS if source == "lab" else list_file(source) if source in LISTS else Path(source)
     if not file.is_file():
         if source in LISTS:
             raise PairsError(f"the list {source} is not here: memlib fetch {source} brings it")
         hint = nearest(str(source), ("lab", *LISTS)) if not file.suffix else ""
-        raise PairsError(f"no manifest {str(source)!r}{hint}")
-    if file.suffix not in READERS:
-        raise PairsError(f"{file.name}: a manifest is one of {', '.join(READERS)}")
+        raise PairsError(f"no manifest {short(source, 120)!r}{hint}")
+    if file.suffix.lower() not in SUFFIXES:
+        raise PairsError(f"{short(file.name)}: a manifest is one of {', '.join(SUFFIXES)}")
     if source in LISTS and digest(file, "md5") != LISTS[source].md5:
         raise PairsError(f"{file} is not the published list (its md5 differs): delete it and fetch")
     try:
-        pairs = READERS[file.suffix](file)
+        pairs = _read(file)
+    except PairsError:
+        raise
     except UnicodeDecodeError as error:
         raise PairsError(
-            f"{file.name} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+            f"{short(file.name)} is not UTF-8 text (byte {error.start}): save it as UTF-8"
         ) from error
-    except (ValueError, OSError) as error:
-        raise PairsError(f"{file.name} cannot be read: {first_line(error)}") from error
+    except (ValueError, OSError, csv.Error) as error:
+        reason = short(first_line(error), 150)
+        raise PairsError(f"{short(file.name)} cannot be read: {reason}") from error
     if source == "lab":
         try:
             verify(file.parent, lambda name: name.startswith("pairs"))
         except ValueError as error:
             raise PairsError(str(error)) from error
-    if "index" in pairs or "overfit_type" in pairs:
-        pairs = standard(pairs)
     pairs = check_pairs(pairs, file)
     if source in LISTS and images is None:
         images = file.parent / "images"
     elif images is not None and not Path(images).is_dir():
-        raise PairsError(f"no folder {str(images)!r} of training images")
-    return pairs if images is None else find_images(pairs, Path(images))
+        raise PairsError(f"no folder {short(images, 120)!r} of training images")
+    return name_rows(pairs if images is None else find_images(pairs, Path(images)))
+
+
+def _read(file: Path) -> pd.DataFrame:
+    """A manifest's table as it is, but for its columns' case; see `load_pairs`."""
+    where, suffix = short(file.name), file.suffix.lower()
+    if suffix == ".parquet":
+        return _rename(pd.read_parquet(file), where)
+    data = file.read_bytes()
+    text = data.decode("utf-16" if data[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig")
+    if suffix in (".csv", ".tsv"):
+        separator, header = _header(text, "\t" if suffix == ".tsv" else ",")
+        table = pd.read_csv(
+            io.StringIO(text), sep=separator, keep_default_na=False, skip_blank_lines=False,
+            dtype={name: str for name in header if name.strip().lower() in TEXTS},
+        )  # fmt: skip
+        # rows with one field more than the header: a caption's comma, unless they are numbered
+        if not pd.api.types.is_integer_dtype(table.index):
+            raise PairsError(
+                f"{where} has more fields than columns: quote captions that hold a comma"
+            )
+        return _rename(table, where)
+    if text.lstrip()[:1] == "[":
+        rows = json.loads(text)
+    else:
+        rows = [_object(line) for line in text.split("\n") if line.strip()]
+    for n, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise PairsError(f"{where}, row {n + 1} is no JSON object with a caption")
+    table = pd.DataFrame(rows, dtype=object)  # an index stays whole where another row has none
+    others = [c for c in table if c.strip().lower() not in TEXTS]
+    table[others] = table[others].infer_objects()
+    return _rename(table, where)
+
+
+def _object(line: str):
+    with contextlib.suppress(json.JSONDecodeError):
+        return json.loads(line)
+
+
+def _header(text: str, default: str) -> tuple[str, list[str]]:
+    """What separates the columns, and their names: by the header, for captions are full of it all.
+
+    Of comma, semicolon and tab it is the one that leaves a column `caption`, then the one that
+    leaves most columns, then the usual one.
+    """
+    found = {}
+    for separator in dict.fromkeys((default, ",", ";", "\t")):
+        names = next(csv.reader(io.StringIO(text), delimiter=separator), [])
+        found[separator] = names
+    best = max(
+        found,
+        key=lambda s: ("caption" in (n.strip().lower() for n in found[s]), len(found[s])),
+    )  # the first of equals
+    return best, found[best]
+
+
+def _rename(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The columns that mean something by their names in small letters."""
+    table = table.reset_index(drop=True)
+    names = {}
+    for column in map(str, table.columns):
+        plain = column.strip().lower()
+        if plain in NAMES and plain not in table:
+            if plain in names.values():
+                raise PairsError(f"{where} has the column {plain!r} twice, in other letters")
+            names[column] = plain
+    return table.rename(columns=names)
 
 
 def check_pairs(pairs: pd.DataFrame, file: Path) -> pd.DataFrame:
-    """Validate a manifest's rows and images; see `load_pairs`."""
-    where = file.name
-    if file.suffix == ".csv" and not isinstance(pairs.index, pd.RangeIndex):
-        raise PairsError(f"{where} has more fields than columns: quote captions that hold a comma")
+    """Validate a manifest's rows and images; see `load_pairs`. A missing prompt_id is ""."""
+    where = short(file.name)
     if "caption" not in pairs:
-        near = nearest("caption", pairs.columns)
-        raise PairsError(f"{where} has no column 'caption'{near}")
+        several = [c for c in map(str, pairs.columns) if re.match(r"captions?(_?\d+)?$", c, re.I)]
+        if several:
+            raise PairsError(
+                f"{where} has its captions in {short(', '.join(several))}: name the one that is "
+                "meant 'caption', or make a row of each"
+            )
+        raise PairsError(
+            f"{where} has no column 'caption'{short(nearest('caption', pairs.columns), 160)}"
+        )
     if pairs.empty:
         raise PairsError(f"{where} has no rows")
     pairs = pairs.reset_index(drop=True)
-    blank = pairs.caption.isna() | (pairs.caption.astype(str).str.strip() == "")
-    if blank.any():
-        raise PairsError(f"{where}, row {blank.idxmax() + 1}: the caption is empty")
+    pairs["caption"] = [
+        _caption(value, f"{where}, row {n + 1}") for n, value in enumerate(pairs.caption)
+    ]
+    if "index" in pairs or "overfit_type" in pairs:
+        pairs = standard(pairs)
     if "prompt_id" not in pairs:
-        pairs.insert(0, "prompt_id", [f"{i:04d}" for i in range(len(pairs))])
+        pairs.insert(0, "prompt_id", "")
+    pairs["prompt_id"] = [v if isinstance(v, str) else index_text(v) for v in pairs.prompt_id]
     for column in ("prompt_id", "caption"):
-        pairs[column] = pairs[column].astype(str)
-        twice = pairs[column].duplicated()
+        twice = pairs[column].duplicated() & (pairs[column] != "")
         if column == "caption" and "group" in pairs:
             continue  # a published list: its duplicates are kept, and marked
         if twice.any():
             n = twice.idxmax()
-            raise PairsError(f"{where}, row {n + 1}: {column} {pairs[column][n]!r} stands twice")
+            value = short(pairs[column][n])
+            raise PairsError(f"{where}, row {n + 1}: {column} {value!r} stands twice")
     if "multiplicity" in pairs:
         numbers = pd.to_numeric(pairs.multiplicity, errors="coerce")
         wrong = numbers.isna() & pairs.multiplicity.notna() & (pairs.multiplicity != "")
         if wrong.any():
             n = wrong.idxmax()
-            raise PairsError(
-                f"{where}, row {n + 1}: multiplicity {pairs.multiplicity[n]!r} is not a number"
-            )
+            value = short(pairs.multiplicity[n])
+            raise PairsError(f"{where}, row {n + 1}: multiplicity {value!r} is not a number")
         pairs["multiplicity"] = numbers
-    names = pairs["image"] if "image" in pairs else [""] * len(pairs)
-    pairs["image"] = [
-        str((file.parent / str(name)).resolve()) if pd.notna(name) and name != "" else ""
-        for name in names
-    ]
-    for name in filter(None, pairs.image):
-        read_image(name, None)
+    values = pairs["image"] if "image" in pairs else [""] * len(pairs)
+    pairs["image"] = [_image(v, file, f"{where}, row {n + 1}") for n, v in enumerate(values)]
+    for n, name in enumerate(pairs.image):
+        try:
+            if name:
+                read_image(name, None)
+        except PairsError as error:
+            raise PairsError(f"{where}, row {n + 1}: {error}") from error
     return pairs
 
 
-def read_image(file: str | Path, size: int | None) -> np.ndarray:
-    """An image as uint8 [y, x, rgb]: EXIF orientation, RGB, short side to `size`, centre crop.
+def _caption(value, where: str) -> str:
+    """A row's one caption as text."""
+    if isinstance(value, list | tuple | np.ndarray):
+        if len(value) > 1:
+            raise PairsError(
+                f"{where}: the caption is a list of {len(value)}: make a row of each "
+                "(pandas' explode), or keep one"
+            )
+        value = value[0] if len(value) else ""
+    if isinstance(value, dict | bytes | list | tuple | np.ndarray):
+        raise PairsError(f"{where}: the caption is no text but {type(value).__name__}")
+    if pd.isna(value) or not str(value).strip():
+        raise PairsError(f"{where}: the caption is empty")
+    return str(value)
+
+
+def _image(value, file: Path, where: str) -> str:
+    """The path of a row's picture: relative to the manifest, or where its bytes are kept."""
+    if isinstance(value, dict):  # as in data sets of the Hub
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return str(_keep(value))
+    if not isinstance(value, str) and (value is None or value is pd.NA or value != value):
+        return ""
+    if not isinstance(value, str | int):
+        raise PairsError(f"{where}: the image is no path but {type(value).__name__}")
+    return str((file.parent / str(value)).resolve()) if value != "" else ""
+
+
+def _keep(picture: bytes) -> Path:
+    """A picture of a list that holds pictures, written once, by its checksum."""
+    file = data_folder("pictures") / hashlib.sha256(picture).hexdigest()
+    if not file.exists():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}.partial")
+            partial.write_bytes(picture)
+            os.replace(partial, file)
+        except OSError as error:
+            hint = "MEMLIB_DATA may name another folder"
+            raise PairsError(f"{short(file.parent)}: {error.strerror}; {hint}") from error
+    return file.resolve()
+
+
+def name_rows(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Give each row that has no prompt_id one that is made of what is recorded of it.
+
+    That is its caption, kind, multiplicity, group and picture: ``two-blue-cars-1f0c9a77``. So the
+    id does not depend on the other rows or the list, two lists may be recorded together, and a row
+    that was corrected is another prompt.
+    """
+    missing = pairs.prompt_id == ""
+    if not missing.any():
+        return pairs
+    columns = [c for c in ("caption", "kind", "multiplicity", "group") if c in pairs]
+    names = []
+    for row, image in zip(
+        pairs[missing][columns].itertuples(index=False), pairs.image[missing], strict=True
+    ):
+        words = re.findall(r"[a-z0-9]+", row.caption.lower())
+        known = [*map(index_text, row), sha256(Path(image)) if image else ""]
+        mark = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:8]
+        names.append("-".join([*words[:3], mark])[-40:].lstrip("-"))
+    names = pd.Series(names, pairs.index[missing])
+    turn = names.groupby(names).cumcount()  # a published list may hold a row twice
+    ids = pairs.prompt_id.copy()
+    ids[missing] = names.where(turn == 0, names + "-" + (turn + 1).astype(str))
+    return pairs.assign(prompt_id=ids)
+
+
+@functools.cache
+def readable() -> tuple[str, ...]:
+    """Those of `lists.FORMATS` that Pillow reads as it is installed here."""
+    needs = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an older Pillow does not know the word
+        return tuple(k for k in FORMATS if k not in needs or features.check(needs[k]))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture's first frame, upright, as 8-bit RGB, as a training set has it.
+
+    Transparency is laid on white, as img2dataset does, which made the LAION training files. Grey of
+    16 bits is scaled: 65535 is white. `image` itself is turned upright.
 
     Raises
     ------
     PairsError
-        The file is missing, cannot be decoded, or is all black (a known placeholder).
+        It is fully transparent, or its numbers have no known range (32 bits, floats).
     """
+    ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    clear = image.info.get("transparency")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        deep = np.asarray(image)
+        seen = None if clear is None else Image.fromarray(np.uint8(255) * (deep != clear))
+        image = Image.fromarray(((deep.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        if seen is not None:
+            image = Image.merge("LA", (image, seen))
+    elif image.mode in ("I", "F"):
+        raise PairsError("of 32 bits a pixel, whose range is not known: save it with 8 or 16")
+    elif isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits; the pixels have 8 now
+        image.info["transparency"] = tuple(v >> 8 for v in clear)
+    palette = image.palette.mode if image.mode == "P" and image.palette else ""
+    layered = image.mode in ("LA", "PA", "RGBA", "RGBa") or palette == "RGBA"
+    if not layered and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    if not image.getchannel("A").getextrema()[1]:
+        raise PairsError("fully transparent: a placeholder, not a training image")
+    ground = Image.new("RGB", image.size, "white")
+    ground.paste(image, mask=image)
+    return ground
+
+
+def read_image(file: str | Path, size: int | None) -> np.ndarray:
+    """An image as uint8 [y, x, rgb]: see `to_rgb`; short side to `size`, centre crop.
+
+    Raises
+    ------
+    PairsError
+        The file is missing, cannot be decoded, or is all black or transparent (a placeholder).
+    """
+    name = short(file, 120)
     try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+        with Image.open(file, formats=readable()) as opened:
+            image = to_rgb(opened)
     except FileNotFoundError as error:
-        raise PairsError(f"image {file} is missing") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise PairsError(f"image {file} cannot be decoded: {first_line(error)}") from error
+        raise PairsError(f"image {name} is missing") from error
+    except PairsError as error:
+        raise PairsError(f"image {name} is {error}") from error
+    except Exception as error:  # damaged files raise nearly anything
+        reason = getattr(error, "strerror", None) or short(first_line(error))
+        raise PairsError(f"image {name} cannot be decoded: {reason}") from error
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     picture = np.array(image)
     if picture.max() == 0:
-        raise PairsError(f"image {file} is all black: a placeholder, not a training image")
+        raise PairsError(f"image {name} is all black: a placeholder, not a training image")
     return picture

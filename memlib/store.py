@@ -34,7 +34,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from memlib.checksums import sha256
 from memlib.chunks import Array, group
-from memlib.errors import first_line
+from memlib.errors import first_line, short
 
 SCHEMA = "memlib-run-1"
 PLAN, COPY = "plan.json", ".plan.json"
@@ -279,6 +279,7 @@ class Run:
                 plan = {"schema": SCHEMA, "identity": identity, "prompts": [], "seeds": []}
                 chunk = sorted((*SEEDS, len(seeds)))[1]
                 plan |= {"chunk": chunk, "work": [], "versions": [], "header": {}}
+                plan["parts"] = [n for n, v in template.data_vars.items() if "prompt" in v.dims]
             _check_identity(self.address, plan["identity"], identity)
             versions = json.loads(template.attrs.get("versions", "{}"))
             if versions not in plan["versions"]:
@@ -290,7 +291,7 @@ class Run:
                     )
                 plan["versions"].append(versions)
             _extend(self, plan, rows, seeds, batch_size)
-            self._write_header(plan, template)
+            self._write_header(plan, _as_begun(plan, template))
             self.plan = plan
 
     def _write_header(self, plan: dict, template: xr.Dataset) -> None:
@@ -340,6 +341,13 @@ class Run:
         columns = {plan["seeds"].index(s) for s in seeds}
         tasks = [t for t in self.tasks() if columns <= set(t.seeds) and wanted & set(t.prompts)]
         return wanted <= {p for _, p, state in self.check(tasks) if state == "done"}
+
+    def takes(self, rows: list[dict]) -> bool:
+        """Whether these can be of the list here: not where every id that both have is another's."""
+        plan = self.read_plan() or {"prompts": []}
+        known = {row["prompt_id"]: _dump(row) for row in plan["prompts"]}
+        same = {known[i] == _dump(row) for row in rows if (i := row["prompt_id"]) in known}
+        return same != {False}
 
     # --- pieces ---------------------------------------------------------------------------------
 
@@ -562,8 +570,8 @@ def _extend(run: Run, plan: dict, rows: list[dict], seeds: list[int], batch_size
                 continue
             name = next(c for c in {**old, **row} if old.get(c) != row.get(c))
             raise StoreError(
-                f"{run.address} has prompt {row['prompt_id']} with another {name}: give the new "
-                "one a prompt_id of its own, or record into another address"
+                f"{run.address} has prompt {short(row['prompt_id'])} with another {name}: give "
+                "the new one a prompt_id of its own, or record into another address"
             )
     plan["seeds"] += [s for s in seeds if s not in plan["seeds"]]
     columns = [plan["seeds"].index(s) for s in seeds]
@@ -583,6 +591,18 @@ def _extend(run: Run, plan: dict, rows: list[dict], seeds: list[int], batch_size
         for n in range(0, len(prompts), together):
             group = {"prompts": prompts[n : n + together], "seeds": lacking}
             plan["work"].append(group | {"batch_size": batch_size})
+
+
+def _as_begun(plan: dict, template: xr.Dataset) -> xr.Dataset:
+    """The template with the variables that the run has had from its beginning.
+
+    Whether `compiled` is among them depends on the device; a run of an older memlib has none.
+    """
+    parts = [n for n, v in template.data_vars.items() if "prompt" in v.dims]
+    kept = plan.setdefault("parts", [n for n in parts if n != "compiled"])
+    if "compiled" in kept and "compiled" not in parts:
+        template = template.assign(compiled=template.rescued)
+    return template[[n for n in template.data_vars if n not in (*parts, "compiled")] + kept]
 
 
 def _header(plan: dict, template: xr.Dataset) -> dict[str, bytes]:

@@ -58,7 +58,15 @@ def bomb(side):
     return b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b"")
 
 
+def drawing(pixels, kind="PNG"):
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, kind)
+    return out.getvalue()
+
+
 GOOD, JPEG = picture(), picture(120, "JPEG")
+INK = np.zeros((80, 80, 4), np.uint8)  # black, on a transparent ground
+INK[20:60, 30:50, 3] = 255
 PAGE = b"<!DOCTYPE html>\n<html><body>This picture has moved</body></html>"
 SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>'
 BODIES = {  # served with status 200
@@ -68,6 +76,13 @@ BODIES = {  # served with status 200
     "/good.webp": picture(kind="WEBP"),
     "/good.bmp": picture(kind="BMP"),
     "/good.tif": picture(kind="TIFF"),
+    "/good.avif": picture(kind="AVIF"),
+    "/good.jp2": picture(kind="JPEG2000"),
+    "/good.ppm": picture(kind="PPM"),
+    "/good-ink.png": drawing(INK),
+    "/clear.png": drawing(np.uint8([90, 90, 90, 0]) + np.zeros_like(INK)),
+    "/float.tif": drawing(np.linspace(0, 1, 6400, dtype=np.float32).reshape(80, 80), "TIFF"),
+    "/phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100),
     "/page": PAGE,
     "/drawing": SVG,
     "/empty": b"",
@@ -130,7 +145,9 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.1)
             with self.server.lock:
                 self.server.busy -= 1
-            self.answer(GOOD)
+            self.answer(GOOD + path.encode())  # a picture of its own
+        elif path.startswith("/gone/"):
+            self.answer(BODIES["/good.gif"])
         elif path == "/drip":
             self.answer(GOOD[:100], Content_Length=len(GOOD))
             for byte in GOOD[100:200]:
@@ -173,6 +190,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(b"", int(path[1:]))
         elif path == "/loop":
             self.answer(b"", 302, Location="/loop")
+        elif path == "/moved":
+            self.answer(b"", 302, Location="/img/NoImage_200x200.png")
         elif path == "/nowhere":
             self.answer(b"", 302)
         elif path.startswith("/to/"):
@@ -224,6 +243,10 @@ FAULTS = [  # path, status, reason, requests, kept in set-aside
     ("/grey.png", "set aside", r"a single colour \(40, 50, 60\)", 1, "0.png"),
     ("/bomb.png", "set aside", "bomb: 10000 x 10000 pixels, more than 80000000", 1, ""),
     ("/bigger-bomb.png", "set aside", "decompression bomb: Image size", 1, ""),
+    ("/clear.png", "set aside", "fully transparent: a placeholder", 1, "0.png"),
+    ("/float.tif", "set aside", "32 bits a pixel, whose range is not known", 1, "0.tif"),
+    ("/phone.heic", "set aside", "a HEIF picture, .* convert it", 1, ""),
+    ("/moved", "set aside", "redirected to .*/NoImage_200x200.png", 1, ""),
     ("/404", "failed", "^HTTP 404$", 1, ""),
     ("/410", "failed", "^HTTP 410$", 1, ""),
     ("/403", "failed", "^HTTP 403$", 1, ""),
@@ -467,6 +490,100 @@ def test_alternative_addresses(server, tmp_path, paths, status, used, requests):
     assert sum(server.seen.values()) == requests
 
 
+@pytest.mark.parametrize(
+    ("name", "stand_in"),
+    [
+        ("no_image_available.png", True), ("noimage.gif", True), ("No-Photo-300x200.jpg", True),
+        ("image-not-found.png", True), ("imagenotfound.png", True), ("removed.png", True),
+        ("photo_unavailable.jpg", True), ("placeholder-large.png", True), ("404.jpg", True),
+        ("default-image.png", True), ("ImageMissing.gif", True), ("comingsoon.jpg", True),
+        ("nopic.jpg", True), ("removed-walls.jpg", False), ("missing-persons.jpg", False),
+        ("no-picnic-today.jpg", False), ("casino-images.jpg", False),
+        ("error-of-judgement.jpg", False),
+        ("img_404.jpg", False), ("blank-canvas.jpg", False), ("12.jpg", False), ("", False),
+    ],
+)  # fmt: skip
+def test_names_of_placeholders(name, stand_in):
+    assert bool(fetch.STAND_IN.search(fetch._name(f"http://a.example/x/{name}?y=1"))) == stand_in
+
+
+def test_an_address_that_is_called_so_itself_is_trusted(server, tmp_path, monkeypatch):
+    monkeypatch.setitem(BODIES, "/missing.png", GOOD)
+    straight = server.url("/missing.png")
+    report = get([straight, server.url(f"/to/{straight}")], tmp_path)  # has the same name
+    assert list(report.status) == ["ok", "ok"]
+
+
+def test_one_picture_for_many_addresses_is_a_placeholder(server, tmp_path):
+    """Three addresses gave it, of captions that are not known; also when it takes three runs."""
+    urls = [server.url(f"/gone/{n}.gif") for n in range(3)] + [server.url("/good.png")]
+    report = get(urls, tmp_path / "once")
+    assert list(report.status) == ["set aside"] * 3 + ["ok"]
+    assert list(report.file) == ["", "", "", "3.png"]
+    assert report.reason[0] == "a placeholder: the same picture came for 1, 2"
+    assert pictures(tmp_path / "once") == ["3.png"]
+    assert {f.name for f in (tmp_path / "once/set-aside").iterdir()} == {"0.gif", "1.gif", "2.gif"}
+    for n in (1, 2, 3):
+        report = get(urls[:n], tmp_path / "thrice")
+    assert list(report.status) == ["set aside"] * 3
+    assert pictures(tmp_path / "thrice") == []
+    server.seen.clear()
+    report = get([*urls, server.url("/gone/4.gif")], tmp_path / "thrice")
+    assert list(report.status) == ["set aside"] * 3 + ["ok", "set aside"]
+    assert "the same picture came for set-aside/0.gif" in report.reason[4]
+    assert server.seen == {"/good.png": 1, "/gone/4.gif": 1}
+    saved = pd.read_csv(tmp_path / "thrice/report.csv", keep_default_na=False)
+    assert list(saved.reason) == list(report.reason)
+
+
+@pytest.mark.parametrize(
+    ("paths", "groups", "status"),
+    [
+        (["/gone/1", "/gone/2"], None, "ok"),  # captions unknown: two may be one picture
+        (["/gone/1", "/gone/2"], [5, 7], "set aside"),
+        (["/gone/1", "/gone/2", "/gone/3"], [5, 5, 5], "ok"),  # near-duplicates
+        (["/gone/1", "/gone/1", "/gone/1#top"], None, "ok"),  # one address
+        (["/gone/1", "/gone/1"], [5, 7], "ok"),
+    ],
+)
+def test_one_picture_may_be_of_several_prompts(server, tmp_path, paths, groups, status):
+    items = pd.DataFrame({
+        "prompt_id": [str(n) for n in range(len(paths))], "url": [server.url(p) for p in paths],
+    })  # fmt: skip
+    if groups:
+        items["group"] = groups
+    for _ in range(2):
+        report = fetch.download(items, tmp_path, **QUICK)
+        assert set(report.status) <= {status, "kept" if status == "ok" else status}
+        named = len({p.partition("#")[0] for p in paths}) > 1
+        assert report.reason.str.contains("the same picture came for ").all() == named
+
+
+def test_behind_a_placeholder_the_next_address_is_tried(server, tmp_path):
+    others = [["/good.png"], ["/404"], []]
+    urls = [[server.url(p) for p in (f"/gone/{n}", *more)] for n, more in enumerate(others)]
+    for _ in range(2):
+        report = get(urls, tmp_path)
+        assert [s in ("ok", "kept") for s in report.status] == [True, False, False]
+        assert list(report.url) == [urls[0][1], urls[1][0], urls[2][0]]
+        assert list(report.status[1:]) == ["set aside"] * 2
+    assert server.seen["/gone/0"] == 1
+    assert pictures(tmp_path) == ["0.png"]
+
+
+def test_messages_are_short(server, tmp_path):
+    long = server.url("/404?" + "x" * 2000)
+    with pytest.raises(fetch.FetchError) as error:
+        fetch.file(long, tmp_path / "list", md5=SUMS["md5"], **QUICK_FILE)
+    assert len(str(error.value)) <= 300
+    assert str(error.value).endswith("HTTP 404")
+    with pytest.raises(ValueError, match="no column 'url'") as error:
+        fetch.download(
+            pd.DataFrame({"prompt_id": [], **{f"c{n}": [] for n in range(99)}}), tmp_path
+        )
+    assert len(str(error.value)) <= 300
+
+
 def test_the_report(server, tmp_path):
     urls = [server.url(p) for p in ("/good.png", "/404", "/black.jpg", "/500")]
     report = get(urls, tmp_path)
@@ -529,7 +646,7 @@ def test_a_killed_run_goes_on(server, tmp_path):
     done = {f.stem for f in tmp_path.glob("*.png")}
     assert 12 <= len(done) < 40
     for file in tmp_path.glob("*.png"):
-        assert file.read_bytes() == GOOD
+        assert file.read_bytes() == GOOD + f"/many/{file.stem}".encode()
     assert (tmp_path / "report.csv").exists()
     before = server.seen.copy()
     report = get([server.url(f"/many/{n}") for n in range(40)], tmp_path, workers=8, per_host=8)
@@ -677,8 +794,17 @@ def test_local_images(tmp_path):
     deep = np.arange(80 * 80, dtype=np.uint16).reshape(80, 80) + 1000
     Image.fromarray(deep).save(file, "PNG")  # 16 bits
     assert fetch.check_image(file) is None
+    Image.fromarray(INK).save(file, "PNG")
+    assert fetch.check_image(file) is None
     file.write_bytes(b"\0" * 2000)
     assert "not an image of a known kind" in fetch.check_image(file)
+
+
+def test_a_pillow_without_avif_says_so(tmp_path, monkeypatch):
+    file = tmp_path / "a.avif"
+    file.write_bytes(BODIES["/good.avif"])
+    monkeypatch.setattr(fetch, "readable", lambda: ("JPEG", "PNG"))
+    assert "AVIF picture, which this Pillow cannot read" in fetch.check_image(file)
 
 
 @pytest.mark.parametrize(
