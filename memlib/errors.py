@@ -1,7 +1,11 @@
 """Messages that fit in one line."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+# diffusers' and transformers' lazy imports: the reason is in a later line or in the cause
+ANNOUNCED = re.compile(r":$|^Could not import module")
 
 
 def short(value: object, most: int = 80) -> str:
@@ -19,6 +23,19 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f": did you mean {match[0]!r}?" if match else f"; valid are {', '.join(valid)}"
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, or its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException) -> str:
+    """What an exception says, or its kind where it says nothing: one line.
+
+    That is its first line; where this only announces another error ("Failed to import ... because
+    of the following error:"), the last line of the innermost cause.
+    """
+    first = _lines(error)[0]
+    if not ANNOUNCED.search(first):
+        return first
+    while error.__cause__:
+        error = error.__cause__
+    return _lines(error)[-1].strip()
+
+
+def _lines(error: BaseException) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]
