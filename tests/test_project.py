@@ -12,6 +12,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from memlib import checksums
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -94,6 +96,16 @@ def test_no_file_names_a_machine():
         for pattern in (folders, hosts):
             found = pattern.search(text)
             assert not found, f"{path.relative_to(ROOT)}: {found[0]}"
+
+
+def test_a_clone_by_git_for_windows_holds(tmp_path):
+    """The last commit as Git for Windows checks it out: line ends are ours, checksums hold."""
+    tracked()
+    git = ["git", "clone", "-q", "--depth=1", "-c", "core.autocrlf=true"]
+    subprocess.run([*git, f"file://{ROOT}", tmp_path / "clone"], check=True)
+    checksums.verify(tmp_path / "clone/data/lab", lambda name: True)
+    for name in ("Makefile", ".ci/run", "pyproject.toml"):
+        assert b"\r" not in (tmp_path / "clone" / name).read_bytes(), name
 
 
 def test_make_alone_lists_the_targets():

@@ -1,5 +1,7 @@
 """The oldest versions that pyproject.toml admits; and what an import error is said to be."""
 
+import itertools
+
 import pytest
 
 from memlib.errors import first_line
@@ -7,7 +9,7 @@ from memlib.errors import first_line
 
 def chain(*errors: Exception) -> Exception:
     """The first error, raised from the second, and so on."""
-    for error, cause in zip(errors, errors[1:], strict=False):
+    for error, cause in itertools.pairwise(errors):
         error.__cause__ = cause
     return errors[0]
 
