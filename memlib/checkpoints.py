@@ -242,7 +242,7 @@ def pipeline(place: Place, vae=None, half: bool = False):
                 place.folder, safety_checker=None, feature_extractor=None, local_files_only=True,
                 requires_safety_checker=False, **parts,
             )  # fmt: skip
-    _check_unet(place.file or place.folder, pipe)
+    _check_fit(place.file or place.folder, pipe)
     return pipe
 
 
@@ -256,8 +256,10 @@ def load_part(folder: Path, part: str, half: bool = False):
     files = sorted(f.name for f in folder.glob("*") if f.suffix in (".safetensors", ".bin"))
     tensors = [f for f in files if f.endswith(".safetensors")]
     if not tensors:
-        other = f"only {files[0]}, a pickle, which can run code" if files else "no file of weights"
-        raise ModelError(f"{folder} has no weights in safetensors format: {other}")
+        other = f"only {files[0]}, a pickle, which can run code" if files else "nor any others"
+        raise ModelError(
+            f"{folder} cannot be loaded: it has no weights in safetensors format, {other}"
+        )
     full = [f for f in tensors if ".fp16." not in f]
     options = {"variant": "fp16"} if len(full) < len(tensors) and (half or not full) else {}
     if part == "text_encoder":  # else its config may say to round what the file holds
@@ -272,15 +274,15 @@ def load_part(folder: Path, part: str, half: bool = False):
 def check(where, missing, unexpected=(), mismatched=()) -> None:
     """Refuse a part whose weights are not just those of the file: the rest would be random."""
     unexpected = [key for key in unexpected if not key.endswith("position_ids")]  # of old files
+    mismatched = [key if isinstance(key, str) else key[0] for key in mismatched]
     texts = []
     for keys, what in (
-        (missing, "are missing"), (unexpected, "do not belong to it"),
-        ([key if isinstance(key, str) else key[0] for key in mismatched], "have another shape"),
+        (missing, "missing"), (unexpected, "too many"),
+        (mismatched, "of another shape"),
     ):  # fmt: skip
         if keys:
-            texts.append(
-                f"{len(keys)} weights {what} ({min(map(str, keys))}{', …' * (len(keys) > 1)})"
-            )
+            number = f"{len(keys)} weight{'s' * (len(keys) > 1)} {what}"
+            texts.append(f"{number} ({min(map(str, keys))}{', …' * (len(keys) > 1)})")
     if texts:
         lora = any(sign in str(key) for key in unexpected for sign in ("base_layer", "lora"))
         hint = ": it was saved with a LoRA that is not merged, merge it first" if lora else ""
@@ -295,7 +297,6 @@ def _check_sum(place: Place) -> None:
 
 def _of_one_file(place: Place, vae):
     """A file in the original layout, through diffusers' own reader; nothing is asked of the Hub."""
-    import torch
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
@@ -315,7 +316,7 @@ def _of_one_file(place: Place, vae):
     )  # the shipped ones share it
     pipe = StableDiffusionPipeline.from_single_file(
         str(place.file), config=str(place.folder), local_files_only=True, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False, torch_dtype=torch.float32,
+        feature_extractor=None, requires_safety_checker=False,
         tokenizer=CLIPTokenizer.from_pretrained(words, **options), **({"vae": vae} if vae else {}),
     )  # fmt: skip
     for part in PARTS:
@@ -331,8 +332,8 @@ def _of_one_file(place: Place, vae):
     return pipe
 
 
-def _check_unet(where, pipe) -> None:
-    """Refuse a U-Net that diffusers would feed more than we do, or that does not fit the rest."""
+def _check_fit(where, pipe) -> None:
+    """Refuse a U-Net that diffusers would feed more than we do, and parts that do not fit."""
     config = pipe.unet.config
     more = {
         "time_cond_proj_dim": "the guidance scale (a consistency model)",
@@ -356,6 +357,12 @@ def _check_unet(where, pipe) -> None:
         raise ModelError(
             f"{where}: its U-Net takes text of width {config.cross_attention_dim}, its text "
             f"encoder gives {width}"
+        )
+    words, text = pipe.tokenizer, pipe.text_encoder.config
+    if len(words) > text.vocab_size or words.model_max_length > text.max_position_embeddings:
+        raise ModelError(
+            f"{where}: its tokenizer has {len(words)} words and {words.model_max_length} places, "
+            f"its text encoder {text.vocab_size} and {text.max_position_embeddings}"
         )
     size = config.sample_size
     size = {size} if isinstance(size, int) else set(size or ())
@@ -382,8 +389,6 @@ def load_vae(vae: str | Path):
             else:
                 network = load_part(path, "vae", half=False)
     except BROKEN as error:
-        if isinstance(error, ModelError):
-            raise
         raise ModelError(f"the VAE {path} cannot be loaded: {first_line(error)}") from error
     if not known:
         return network, sha256(path) if path.is_file() else hash_files(path)
