@@ -34,6 +34,7 @@ LAB_PAIRS = Path(__file__).resolve().parents[1] / "data" / "lab" / "pairs.csv"
 # Columns that mean something here, in whatever case a list has them; the first are text.
 TEXTS = ("caption", "prompt_id", "image", "index", "url")
 NAMES = (*TEXTS, "kind", "overfit_type", "multiplicity", "group", "retrieved_urls")
+NO_TEXT = (bytes, dict, list, tuple, np.ndarray)
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
@@ -114,15 +115,19 @@ def _read(file: Path) -> pd.DataFrame:
     text = data.decode("utf-16" if data[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig")
     if suffix in (".csv", ".tsv"):
         separator, header = _header(text, "\t" if suffix == ".tsv" else ",")
-        table = pd.read_csv(
-            io.StringIO(text), sep=separator, keep_default_na=False, skip_blank_lines=False,
-            dtype={name: str for name in header if name.strip().lower() in TEXTS},
-        )  # fmt: skip
-        # rows with one field more than the header: a caption's comma, unless they are numbered
-        if not pd.api.types.is_integer_dtype(table.index):
-            raise PairsError(
-                f"{where} has more fields than columns: quote captions that hold a comma"
-            )
+        mark = {",": "comma", ";": "semicolon", "\t": "tab"}[separator]
+        ragged = f"{where} has more fields than columns%s: quote captions that hold a {mark}"
+        try:
+            table = pd.read_csv(
+                io.StringIO(text), sep=separator, keep_default_na=False, skip_blank_lines=False,
+                dtype={name: str for name in header if name.strip().lower() in TEXTS},
+            )  # fmt: skip
+        except pd.errors.ParserError as error:
+            if found := re.search(r"Expected \d+ fields( in line \d+)", str(error)):
+                raise PairsError(ragged % found[1]) from error
+            raise
+        if not pd.api.types.is_integer_dtype(table.index):  # those would be the rows' numbers
+            raise PairsError(ragged % "")
         return _rename(table, where)
     if text.lstrip()[:1] == "[":
         rows = json.loads(text)
@@ -148,14 +153,16 @@ def _header(text: str, default: str) -> tuple[str, list[str]]:
     Of comma, semicolon and tab it is the one that leaves a column `caption`, then the one that
     leaves most columns, then the usual one.
     """
-    found = {}
-    for separator in dict.fromkeys((default, ",", ";", "\t")):
-        names = next(csv.reader(io.StringIO(text), delimiter=separator), [])
-        found[separator] = names
-    best = max(
-        found,
-        key=lambda s: ("caption" in (n.strip().lower() for n in found[s]), len(found[s])),
-    )  # the first of equals
+    found = {
+        separator: next(csv.reader(io.StringIO(text), delimiter=separator), [])
+        for separator in dict.fromkeys((default, ",", ";", "\t"))
+    }
+
+    def fits(separator: str) -> tuple[bool, int]:
+        names = [name.strip().lower() for name in found[separator]]
+        return "caption" in names, len(names)
+
+    best = max(found, key=fits)  # the first of equals
     return best, found[best]
 
 
@@ -191,6 +198,11 @@ def check_pairs(pairs: pd.DataFrame, file: Path) -> pd.DataFrame:
     pairs["caption"] = [
         _caption(value, f"{where}, row {n + 1}") for n, value in enumerate(pairs.caption)
     ]
+    for column in set(NAMES) & set(pairs) - {"caption", "image", "retrieved_urls"}:
+        for n, value in enumerate(pairs[column]):
+            if isinstance(value, NO_TEXT):
+                kind = type(value).__name__
+                raise PairsError(f"{where}, row {n + 1}: the {column} is no text but {kind}")
     if "index" in pairs or "overfit_type" in pairs:
         pairs = standard(pairs)
     if "prompt_id" not in pairs:
@@ -232,7 +244,7 @@ def _caption(value, where: str) -> str:
                 "(pandas' explode), or keep one"
             )
         value = value[0] if len(value) else ""
-    if isinstance(value, dict | bytes | list | tuple | np.ndarray):
+    if isinstance(value, NO_TEXT):
         raise PairsError(f"{where}: the caption is no text but {type(value).__name__}")
     if pd.isna(value) or not str(value).strip():
         raise PairsError(f"{where}: the caption is empty")
@@ -241,15 +253,15 @@ def _caption(value, where: str) -> str:
 
 def _image(value, file: Path, where: str) -> str:
     """The path of a row's picture: relative to the manifest, or where its bytes are kept."""
-    if isinstance(value, dict):  # as in data sets of the Hub
-        value = value.get("bytes") or value.get("path")
+    if isinstance(value, dict) and not isinstance(value.get("bytes"), str):
+        value = value.get("bytes") or value.get("path")  # as in data sets of the Hub
     if isinstance(value, bytes):
         return str(_keep(value))
-    if not isinstance(value, str) and (value is None or value is pd.NA or value != value):
-        return ""
-    if not isinstance(value, str | int):
+    if isinstance(value, NO_TEXT) or "\0" in str(value):
         raise PairsError(f"{where}: the image is no path but {type(value).__name__}")
-    return str((file.parent / str(value)).resolve()) if value != "" else ""
+    if pd.isna(value) or value == "":
+        return ""
+    return str((file.parent / str(value)).resolve())
 
 
 def _keep(picture: bytes) -> Path:
@@ -271,8 +283,8 @@ def name_rows(pairs: pd.DataFrame) -> pd.DataFrame:
     """Give each row that has no prompt_id one that is made of what is recorded of it.
 
     That is its caption, kind, multiplicity, group and picture: ``two-blue-cars-1f0c9a77``. So the
-    id does not depend on the other rows or the list, two lists may be recorded together, and a row
-    that was corrected is another prompt.
+    id depends neither on the row's place nor on the list's name, two lists may be recorded into one
+    run, and a row that was corrected is another prompt.
     """
     missing = pairs.prompt_id == ""
     if not missing.any():

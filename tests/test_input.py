@@ -2,15 +2,16 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import memlib
-from memlib import cache, models, severity
+from memlib import cache, fetch, models, severity
 from memlib.models import ModelError
 from memlib.pairs import PairsError
 
@@ -150,12 +151,20 @@ def manifest(tmp_path, text, encoding="utf-8"):
         ("caption\na\n\nb\n", "utf-8", "row 2: the caption is empty"),
         ("caption,multiplicity\na,1\nb,many\n", "utf-8", "row 2: multiplicity 'many'"),
         ("caption,image\na,1\n", "utf-8", "1 is missing"),
+        ("caption\na\nb, c\n", "utf-8", "more fields than columns in line 3: quote captions"),
+        ("kind;caption\nx;a;b\ny;c;d\n", "utf-8", "quote captions that hold a semicolon"),
+        ("Caption,CAPTION\na,b\n", "utf-8", "the column 'caption' twice"),
+        ("caption_0,caption_1\na,b\n", "utf-8", "captions in caption_0, caption_1: name the one"),
+        ("caption\n" + 2 * ("x" * 5000 + "\n"), "utf-8", "row 2: caption 'xxx.*xxx' stands twice"),
+        ("caption,image\na," + "x" * 5000, "utf-8", "row 1: image .* cannot be decoded"),
+        (",".join(f"column_{n}" for n in range(200)) + "\n1", "utf-8", "no column 'caption'"),
     ],
 )
 def test_broken_manifests(tmp_path, text, encoding, pattern):
     with pytest.raises(PairsError) as error:
         memlib.load_pairs(manifest(tmp_path, text, encoding))
     one_line(error, pattern)
+    assert len(str(error.value)) <= 300
 
 
 def test_a_missing_manifest_and_a_wrong_type(tmp_path):
@@ -188,6 +197,220 @@ def test_manifests_in_three_formats_and_plain_captions(tmp_path):
     frame.to_parquet(tmp_path / "p.parquet")
     for name in ("p.csv", "p.jsonl", "p.parquet"):
         assert list(memlib.load_pairs(tmp_path / name).caption) == ["a <b>", "NA"]
+
+
+LISTS = [  # name, text, caption and prompt_id of the rows
+    ("LIST.CSV", "caption\na boat\n", ["a boat"], None),
+    ("semicolon.csv", ';Caption;URL;type;Index\n0;"A ""b"", c";u;VM;1030700001\n1;d;v;TM;7\n',
+     ['A "b", c', "d"], ["1030700001", "7"]),
+    ("tab.csv", "Index\tCAPTION\n7\ta, b; c\n", ["a, b; c"], ["7"]),
+    ("tab.tsv", "caption\tindex\na, b\t7\n", ["a, b"], ["7"]),
+    ("one.csv", "caption\na; b\nc; d\n", ["a; b", "c; d"], None),
+    ("one.tsv", "caption\na, b; c\n", ["a, b; c"], None),
+    ("numbered.csv", "caption,url\n0,a,u\n1,b,v\n", ["a", "b"], None),
+    ("mark.csv", '\ufeff"caption","index"\n"a",3\n', ["a"], ["3"]),
+    ("mark.jsonl", '\ufeff{"caption": "a", "index": 3}\n', ["a"], ["3"]),
+    ("array.json", '[{"Caption": "a", "Index": 3},\n {"Caption": "b", "Index": 4}]', ["a", "b"],
+     ["3", "4"]),
+    ("lines.json", '{"caption": "a\u2028b"}\n\n{"caption": ["c"]}\n', ["a\u2028b", "c"], None),
+    ("gap.csv", "caption,index\na,12\nb,\nc,14.0\n", ["a", "b", "c"], ["12", "", "14"]),
+    ("gap.jsonl", '{"caption": "a", "index": 9007199254740993}\n{"caption": "b"}\n', ["a", "b"],
+     ["9007199254740993", ""]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "captions", "ids"), LISTS, ids=[x[0] for x in LISTS])
+def test_lists_as_others_write_them(tmp_path, name, text, captions, ids):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    pairs = memlib.load_pairs(tmp_path / name)
+    assert list(pairs.caption) == captions
+    for found, wanted in zip(pairs.prompt_id, ids or [""] * len(captions), strict=True):
+        assert re.fullmatch(wanted or r"([a-z0-9]+-)*[0-9a-f]{8}", found)
+
+
+def test_a_list_from_a_spreadsheet(tmp_path):
+    (tmp_path / "p.csv").write_text("caption\nein Bär\n", encoding="utf-16")
+    assert list(memlib.load_pairs(tmp_path / "p.csv").caption) == ["ein Bär"]
+
+
+def test_kinds_of_another_list_keep_their_words(tmp_path):
+    pairs = memlib.load_pairs(manifest(tmp_path, "caption,overfit_type\na,VM\nb,TM\nc,MV\n"))
+    assert list(pairs.kind) == ["VM", "TM", "memorized"]
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ('{"caption": ["a", "b"]}', "row 1: the caption is a list of 2: make a row of each"),
+        ('{"captions": ["a", "b"]}', "its captions in captions"),
+        ('{"caption": {"en": "a"}}', "no text but dict"),
+        ('{"caption": "a"}\n["b"]', "row 2 is no JSON object"),
+        ('{"caption": "a"}\n{"caption"', "row 2 is no JSON object"),
+        ('[{"caption": "a"}, 3]', "row 2 is no JSON object"),
+        ('{"caption": "a", "url": ["u"]}', "the url is no text but list"),
+        ('{"caption": "a", "image": {"bytes": "' + "QUJD" * 9999 + '"}}', "no path but dict"),
+        ('{"caption": "a", "image": "a\\u0000b"}', "no path"),
+    ],
+)
+def test_broken_json(tmp_path, text, pattern):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(PairsError) as error:
+        memlib.load_pairs(tmp_path / "p.jsonl")
+    one_line(error, pattern)
+    assert len(str(error.value)) <= 300
+
+
+def test_pictures_in_a_parquet_column(tmp_path, monkeypatch):
+    """As data sets of the Hub have them: kept once, by their checksum."""
+    monkeypatch.setenv("MEMLIB_DATA", str(tmp_path / "data"))
+    file = memlib.load_pairs("lab").image[0]
+    data = Path(file).read_bytes()
+    shutil.copy(file, tmp_path / "beside.png")
+    column = [{"bytes": data, "path": "x.png"}, {"bytes": None, "path": "beside.png"}, None,
+              {"bytes": data, "path": None}]  # fmt: skip
+    table = pd.DataFrame({"Caption": list("abcd"), "Image": column})
+    table.to_parquet(tmp_path / "hub.parquet")
+    table.assign(Image=[data, None, None, data]).to_parquet(tmp_path / "raw.parquet")
+    for name in ("hub", "raw"):
+        pairs = memlib.load_pairs(tmp_path / f"{name}.parquet")
+        assert [bool(i) for i in pairs.image] == [True, name == "hub", False, True]
+        assert Path(pairs.image[0]).read_bytes() == data
+        assert pairs.image[0] == pairs.image[3]
+        assert len(list((tmp_path / "data/pictures").iterdir())) == 1
+    broken = {"row 1: image .* decoded": {"bytes": b"<html>" * 9999}, "no path but": [data, data]}
+    for pattern, value in broken.items():
+        pd.DataFrame({"caption": ["a"], "image": [value]}).to_parquet(tmp_path / "hub.parquet")
+        with pytest.raises(PairsError) as error:
+            memlib.load_pairs(tmp_path / "hub.parquet")
+        one_line(error, pattern)
+        assert len(str(error.value)) <= 300
+    pd.DataFrame({"caption": [data]}).to_parquet(tmp_path / "hub.parquet")
+    with pytest.raises(PairsError, match="row 1: the caption is no text but bytes"):
+        memlib.load_pairs(tmp_path / "hub.parquet")
+
+
+def test_ids_that_are_made_up(tmp_path):
+    """They name what is recorded of a row, wherever it stands: so two lists never collide."""
+    file = memlib.load_pairs("lab").image[0]
+    shutil.copy(file, tmp_path / "a.png")
+
+    def ids(text):
+        return list(memlib.load_pairs(manifest(tmp_path, text)).prompt_id)
+
+    one, two = ids('caption\nA red boat!\n"图, 图"\n')
+    assert re.fullmatch("a-red-boat-[0-9a-f]{8}", one)
+    assert re.fullmatch("[0-9a-f]{8}", two)
+    assert ids('caption\n"图, 图"\na green tree\nA red boat!\n')[::2] == [two, one]
+    typo = ids("caption\nA red boat?\n")
+    kinds = ids("caption,kind\nA red boat!,memorized\n")
+    counted = ids("caption,multiplicity\nA red boat!,3\nb,\n")[:1]
+    assert counted == ids("caption,multiplicity\nA red boat!,3\n")
+    pictured = ids("caption,image\nA red boat!,a.png\n")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.png")
+    replaced = ids("caption,image\nA red boat!,a.png\n")
+    every = [one, *typo, *kinds, *counted, *pictured, *replaced]
+    assert len(set(every)) == len(every)
+    assert ids("caption,prompt_id\nx,7\nA red boat!,\n") == ["7", one]
+    twice = ids("caption,overfit_type\na,MV\na,MV\n")  # a published list may hold a row twice
+    assert twice[1] == twice[0] + "-2"
+
+
+def pixels(tmp_path, name, image, **options):
+    image.save(tmp_path / name, **options)
+    return memlib.pairs.read_image(tmp_path / name, None)
+
+
+RGB = np.random.default_rng(0).integers(0, 256, (70, 80, 3), np.uint8)
+LAYERED = np.dstack([RGB, np.zeros((70, 80), np.uint8)])
+LAYERED[20:50, 20:60, 3] = 255
+
+
+@pytest.mark.parametrize(
+    ("mode", "ending"),
+    [
+        ("RGBA", "png"), ("RGBA", "webp"), ("RGBA", "avif"), ("RGBA", "jp2"), ("RGBA", "tif"),
+        ("LA", "png"), ("P", "png"), ("RGBA", "gif"), ("animation", "gif"), ("animation", "webp"),
+        ("animation", "png"),
+    ],
+)  # fmt: skip
+def test_transparency_is_laid_on_white(tmp_path, mode, ending):
+    image, options = Image.fromarray(LAYERED), {}
+    if mode == "animation":
+        options = {
+            "save_all": True,
+            "lossless": True,
+            "append_images": [Image.new("RGBA", image.size, "red")],
+        }
+    elif mode == "P":
+        image = image.quantize(64)
+    elif mode != "RGBA":
+        image = image.convert(mode)
+    found = pixels(tmp_path, f"x.{ending}", image, **options)
+    assert (found[:16, :16] == 255).all()
+    assert (found[60:, 66:] == 255).all()
+    middle = found[22:48, 22:58].astype(float)
+    assert middle.std() > 20
+    if mode == "RGBA" and ending in ("png", "jp2", "tif"):
+        assert (middle == RGB[22:48, 22:58]).all()
+    assert fetch.check_image(tmp_path / f"x.{ending}") is None
+
+
+def test_half_transparent_is_half_white(tmp_path):
+    half = Image.new("RGBA", (64, 64), (100, 0, 50, 128))
+    found = pixels(tmp_path, "x.png", half)
+    assert np.abs(found[0, 0] - np.array([177, 127, 152])).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+def test_one_colour_may_be_the_transparent_one(tmp_path, mode):
+    grey = np.uint16(RGB[..., 0]) * 257 if mode == "I;16" else RGB[..., 0]
+    image = Image.fromarray(RGB if mode == "RGB" else grey)
+    clear = tuple(map(int, RGB[3, 5])) if mode == "RGB" else int(grey[3, 5])
+    found = pixels(tmp_path, "x.png", image, transparency=clear)
+    there = (RGB[3, 5] == RGB).all(-1) if mode == "RGB" else RGB[..., 0] == RGB[3, 5, 0]
+    assert (found[there] == 255).all()
+    whole = RGB if mode == "RGB" else np.repeat(RGB[..., :1], 3, -1)
+    assert (found[~there] == whole[~there]).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_fully_transparent_is_set_aside(tmp_path, mode):
+    image = Image.fromarray(LAYERED * np.uint8([1, 1, 1, 0]))
+    image = image.quantize(16) if mode == "P" else image.convert(mode)
+    with pytest.raises(PairsError) as error:
+        pixels(tmp_path, "x.png", image)
+    one_line(error, "fully transparent")
+    assert "fully transparent" in fetch.check_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("ending", "order"),
+    [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "<u2"), ("jp2", "<u2")],
+)
+def test_sixteen_bits_are_scaled(tmp_path, ending, order):
+    deep = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    found = pixels(tmp_path, f"x.{ending}", Image.fromarray(deep.astype(order)))
+    assert (found == np.round(deep / 257)[..., None]).all()
+    assert fetch.check_image(tmp_path / f"x.{ending}") is None
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_numbers_of_no_known_range_are_refused(tmp_path, kind):
+    deep = np.arange(64 * 64).reshape(64, 64).astype(kind)
+    with pytest.raises(PairsError) as error:
+        pixels(tmp_path, "x.tif", Image.fromarray(deep))
+    one_line(error, "32 bits a pixel, whose range is not known: save it with 8 or 16")
+
+
+@pytest.mark.parametrize(("mode", "near"), [("CMYK", 0), ("YCbCr", 3), ("LAB", 6)])
+def test_other_colour_spaces(tmp_path, mode, near):
+    smooth = np.asarray(Image.fromarray(RGB).resize((8, 8)).resize((80, 70), Image.BICUBIC))
+    image = Image.fromarray(smooth)
+    if mode == "LAB":
+        to = [ImageCms.createProfile(name) for name in ("sRGB", "LAB")]
+        image = ImageCms.profileToProfile(image, *to, outputMode="LAB")
+    found = pixels(tmp_path, "x.tif", image if mode == "LAB" else image.convert(mode))
+    assert np.abs(found.astype(int) - smooth).max() <= near
 
 
 def test_images_are_turned_upright_cropped_and_made_rgb(tmp_path):
