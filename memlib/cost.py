@@ -1,18 +1,24 @@
-"""What a run costs, before it is begun: arithmetic on the networks.
+"""What a run costs, before it is begun: arithmetic on the networks, and a trial on the card.
 
 Floating-point operations are counted on the real architecture without weights (torch's own
 counter on the meta device). Seconds follow from a card's peak and the share of it that is
-reached, which is assumed here: no GPU was at hand. A run prints its own rate.
+reached: measured on an H200, assumed of most others (`Card.basis`). A run prints its own rate.
+
+How many images a GPU samples at once is measured by a few calls when a run begins (`trial`), and
+from the same calls follows whether the run is long enough to compile the network for it (`decide`).
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from memlib.gram import VECTORS
+from memlib.models import DECODED_HALF
 
 STATE_BYTES = len(VECTORS) ** 2 * 8  # inner products in float64
 UNETS = {  # latent side, and what differs from diffusers' defaults; RealisticVision's is v1.4's
@@ -28,21 +34,33 @@ UNETS = {  # latent side, and what differs from diffusers' defaults; RealisticVi
 BYTES = {"sd14": 4.3e9, "sd21": 5.2e9, "realvis": 4.6e9}  # a download in safetensors, about
 
 
+# Measured on an H200: SD v1.4's U-Net at full width, half precision, 40 latents, torch 2.11.
+EAGER, COMPILED = 268e12, 376e12  # operations a second; a call takes 119 and 85.5 ms
+COMPILING = 70.0  # seconds to compile for one number of latents: 50 for the first, 70 for others
+
+BATCH = {"reverse": 20, "forward": 64}  # at once, on a CPU
+LEVEL = 40 * 4 * 64**2  # numbers in the latents of a batch, above which an H200 gains little
+MOST = 256  # images in a batch, whatever their size
+MARGIN = 0.85  # of the free memory is planned with: the rest is the allocator's cuttings
+
+
 @dataclass(frozen=True)
 class Card:
-    """A GPU: its dense half-precision peak, and the share of it that is reached (assumed)."""
+    """A GPU: its dense half-precision peak, the share of it that is reached, and who says so."""
 
     name: str
     peak: float  # operations a second
     memory: float  # bytes
     share: float = 0.35
+    basis: str = "assumed"
 
 
 CARDS = (
     Card("T4", 65e12, 16e9, 0.30),
     Card("L4", 121e12, 24e9),
     Card("A100", 312e12, 40e9),
-    Card("H100", 989e12, 80e9, 0.30),
+    Card("H100", 989e12, 80e9, COMPILED / 989e12, "by the H200's measurement"),
+    Card("H200", 989e12, 141e9, COMPILED / 989e12, "measured (the U-Net, compiled)"),
 )
 
 
@@ -72,16 +90,108 @@ def seconds_per_image(model: str, card: Card, steps: int = 50) -> float:
     return 2 * steps * unet_flops(model) / (card.peak * card.share)
 
 
-def batch_for(model: str, memory: float) -> int:
-    """Images at once that should fit: weights, then the activations of two latents an image.
+@dataclass(frozen=True)
+class Trial:
+    """What a few calls on a GPU have shown of a model."""
 
-    Rough on purpose: where it is too many, the sampler halves it and goes on.
+    batch: int  # images that fit, at most `most`
+    together: int  # pictures to decode at once, beside them
+    seconds: float  # of one update of one image, without compiling
+
+
+def most(model) -> int:
+    """Images in a batch, at most: more would fill the memory and gain nothing."""
+    numbers = int(torch.Size(model.latent_shape).numel())
+    return max(1, min(MOST, LEVEL // numbers))
+
+
+def trial(model, steps: int, seeds: int = 1, decoding: bool = True, beside: int = 0) -> Trial:
+    """Measure by calls with few and with more images what the device holds of a model.
+
+    Parameters
+    ----------
+    steps : of the trajectory, which is kept for every image of a batch; seeds : the states of as
+        many images wait for each other's.
+    decoding : pictures are decoded beside the next batch, and need memory at the same time.
+    beside : bytes to leave to others, such as a second copy of the weights.
     """
-    side, _ = UNETS[model]
-    weights = 1.8e9 + 0.7e9 + 0.4e9  # half-precision U-Net, float32 text encoder and VAE
-    vae = 2.5e9 * (side / 64) ** 2  # one picture at a time
-    each = 0.22e9 * (side / 64) ** 2
-    return int(max(1, min(32, (0.9 * memory - weights - vae) // each)))
+    device, few, many = model.device, 2, 8
+    latent = 4 * int(torch.Size(model.latent_shape).numel())
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    room = MARGIN * (torch.cuda.mem_get_info(device)[0] + held - beside)
+    try:
+        together, pictures = _decoding(model, room / 4) if decoding else (1, 0)
+        (small, _), (large, seconds) = (_measured(device, _update(model, n)) for n in (few, many))
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return Trial(few, 1, 0.0)  # the sampler halves it where it must
+    # An image has its share of a call, its states, predictions and accumulated noise. Once there
+    # are a float64 copy of one trajectory, and a prompt's states, twice while they are joined.
+    each = (large - small) / (many - few) + latent * (4 * steps + 2)
+    fixed = small - few * (large - small) / (many - few) + latent * (steps + 1) * (14 + 2 * seeds)
+    batch = int(max(1, min(most(model), (room - pictures - fixed) // each)))
+    return Trial(batch, together, seconds / many)
+
+
+def _decoding(model, room: float) -> tuple[int, int]:
+    """Pictures to decode at once within `room` bytes, at least one, and the bytes of them."""
+    count = 1 if model.decoder == "float16" else 8  # float32 is split by itself
+    latents = torch.zeros(count, *model.latent_shape)
+    model.decode(latents)  # makes the decoder's copy, which stays
+    bytes_ = max(1, _measured(model.device, lambda: model.decode(latents))[0])
+    if count > 1:
+        return count, bytes_
+    together = int(max(1, min(DECODED_HALF // model.image_size**2, room // bytes_)))
+    return together, together * bytes_
+
+
+def _update(model, images: int) -> Callable[[], None]:
+    x = torch.zeros(images, *model.latent_shape, dtype=model.dtype, device=model.device)
+    text = torch.cat(model.encode_text([""] * images))
+    return lambda: model.predict(torch.cat([x, x]), torch.tensor(500), text)
+
+
+def _measured(device, call: Callable) -> tuple[int, float]:
+    """Bytes that a call takes at its peak, and seconds of its second time."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before, time.perf_counter() - start
+
+
+def equal_batches(batch: int, seeds: int) -> int:
+    """Images in a batch so that all of a run are equal: whole prompts, or equal parts of one."""
+    return batch // seeds * seeds if seeds <= batch else -(-seeds // -(-seeds // batch))
+
+
+def pays(images: int, steps: int, seconds: float) -> bool:
+    """Whether compiling saves more than it takes; `seconds` are of one update of an image."""
+    return images * steps * seconds * (1 - EAGER / COMPILED) > COMPILING
+
+
+def decide(
+    model, direction: str, batch_size: int | None, compile: bool | None, images: int,
+    seeds: int, steps: int, decoding: bool = True, beside: int = 0,
+) -> tuple[int, bool]:  # fmt: skip
+    """Batch size and whether to compile, where they are not given: on a GPU by a trial."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if model.device.type != "cuda" or not images:
+        return BATCH[direction] if batch_size is None else batch_size, bool(compile and images)
+    if batch_size is not None and compile is not None:
+        return batch_size, compile
+    found = trial(model, steps, seeds, decoding, beside)
+    model.together = found.together
+    if batch_size is None:
+        batch_size = equal_batches(found.batch, seeds)
+    if compile is None:
+        compile = pays(images, steps, found.seconds)
+    return batch_size, compile
 
 
 def trace_bytes(prompts: int, seeds: int, steps: int = 50) -> int:

@@ -17,7 +17,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -27,15 +28,18 @@ import pandas as pd
 import torch
 import xarray as xr
 
+from memlib import cost
 from memlib.answers import unwrapped
 from memlib.errors import first_line, nearest
-from memlib.sample import guidance_values, progress_bar, reverse_trace, score
-from memlib.store import Run, Task, prompt_rows
+from memlib.sample import guidance_values, progress_bar, reverse_trace, sample_trace, score
+from memlib.store import Run, StoreError, Task, prompt_rows
 
 ENGINES = ("local", "ray")
 ATTEMPTS = 3  # a task whose worker dies so often is given up
+PRIVATE = ("seeds", "batch_size", "compile")  # settings that may differ within one run
 LATE = 2.0  # times the median: a task that takes longer is begun once more by a worker that is idle
 GRACE = 10.0  # seconds for a worker to end
+CONTEXT = 2**29  # bytes that each process on a GPU takes for itself
 
 
 @dataclass
@@ -70,6 +74,7 @@ class Job:
     settings: dict
     recipe: dict | None = None  # arguments of `memlib.load`
     threads: int | None = None
+    together: int | None = None  # pictures that a GPU decodes at once
 
     def load(self):
         """The model, in a process of its own."""
@@ -77,18 +82,30 @@ class Job:
 
         if self.threads:
             torch.set_num_threads(self.threads)
-        return unwrapped(memlib.load(**self.recipe))
+        model = unwrapped(memlib.load(**self.recipe))
+        if self.together:
+            model.together = self.together
+        return model
 
-    def sample(self, model, rows: pd.DataFrame, seeds: list[int], batch_size) -> xr.Dataset:
+    def sample(
+        self, model, rows: pd.DataFrame, seeds: list[int], batch_size
+    ) -> Callable[[], xr.Dataset]:
+        """What is left of a task when the device has sampled it: to decode and to score."""
         settings = dict(self.settings)
         names = inspect.signature(self.function).parameters
         more = {"seeds": seeds, "batch_size": batch_size, "progress": False}
         settings |= {k: v for k, v in more.items() if k in names}
         if settings.get("severity"):  # scored afterwards, while the device samples the next
             settings |= {"severity": None, "images": True}
-        return self.function(model, rows, **settings)
+        if self.function is not reverse_trace:
+            trace = self.function(model, rows, **settings)
+            return lambda: self._score(trace, rows)
+        bound = inspect.signature(reverse_trace).bind(model, rows, **settings)
+        bound.apply_defaults()
+        sampled = sample_trace(**bound.arguments)
+        return lambda: self._score(sampled.finish(), rows)
 
-    def score(self, trace: xr.Dataset, rows: pd.DataFrame) -> xr.Dataset:
+    def _score(self, trace: xr.Dataset, rows: pd.DataFrame) -> xr.Dataset:
         if measure := self.settings.get("severity"):
             trace = score(trace, rows, measure)
             if not self.settings["images"]:
@@ -99,14 +116,23 @@ class Job:
 # --- engines: submit a task, wait for results ---------------------------------------------------
 
 
+def _finish(rest: Callable[[], xr.Dataset], device: threading.Lock) -> xr.Dataset:
+    """`rest()`, beside the next task; where that leaves it too little memory, after it."""
+    with contextlib.suppress(MemoryError):
+        return rest()
+    with device:
+        torch.cuda.empty_cache()
+        return rest()
+
+
 class Here:
-    """This process. On a GPU one task is scored while the next is sampled."""
+    """This process. On a GPU one task is decoded and scored while the next is sampled."""
 
     def __init__(self, job: Job, model):
         self.job, self.model = job, model
         self.waiting: list[tuple[Task, Future]] = []
         self.depth = 1 if model.device.type == "cpu" else 2
-        self.helper = ThreadPoolExecutor(1)
+        self.helper, self.device = ThreadPoolExecutor(1), threading.Lock()
 
     def room(self, left: int) -> bool:
         return left > 0 and len(self.waiting) < self.depth
@@ -114,11 +140,12 @@ class Here:
     def submit(self, task: Task, rows: pd.DataFrame, seeds: list[int]) -> None:
         future: Future = Future()
         try:
-            trace = self.job.sample(self.model, rows, seeds, task.batch_size)
+            with self.device:
+                rest = self.job.sample(self.model, rows, seeds, task.batch_size)
             if self.depth == 1:
-                future.set_result(self.job.score(trace, rows))
+                future.set_result(rest())
             else:
-                future = self.helper.submit(self.job.score, trace, rows)
+                future = self.helper.submit(_finish, rest, self.device)
         except Exception as error:
             future.set_exception(error)
         self.waiting.append((task, future))
@@ -138,7 +165,7 @@ def _serve(connection, job: Job) -> None:
     """A worker process: tasks in, traces out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    sending = threading.Lock()
+    sending, device = threading.Lock(), threading.Lock()
 
     def answer(number: int, result) -> None:
         if isinstance(result, Exception):
@@ -152,9 +179,9 @@ def _serve(connection, job: Job) -> None:
         answer(-1, error)
         return
 
-    def finish(number, trace, rows):
+    def finish(number, rest):
         try:
-            answer(number, job.score(trace, rows))
+            answer(number, _finish(rest, device))
         except Exception as error:
             answer(number, error)
 
@@ -163,11 +190,12 @@ def _serve(connection, job: Job) -> None:
         while True:
             number, rows, seeds, batch_size = connection.recv()
             try:
-                trace = job.sample(model, rows, seeds, batch_size)
+                with device:
+                    rest = job.sample(model, rows, seeds, batch_size)
             except Exception as error:
                 answer(number, error)
                 continue
-            overlap.submit(finish, number, trace, rows) if overlap else finish(number, trace, rows)
+            overlap.submit(finish, number, rest) if overlap else finish(number, rest)
 
 
 def _portable(error: Exception) -> Exception:
@@ -263,7 +291,9 @@ class OnRay:
         options = {"num_gpus": 1} if gpu else {"num_cpus": job.threads or 1}
         actor = ray.remote(max_concurrency=2, **options)(_Actor)
         self.start = lambda: actor.remote(ray.cloudpickle.dumps(job))
-        self.starting, self.idle, self.busy = {}, [], {}
+        self.depth = 2 if gpu else 1  # one is decoded and scored while the next is sampled
+        self.starting, self.busy = {}, {}
+        self.hands = {}  # how many tasks each actor has that is ready
         for _ in range(int(workers or max(1, room))):
             self._begin()
 
@@ -271,11 +301,13 @@ class OnRay:
         actor = self.start()
         self.starting[actor.ready.remote()] = actor
 
-    def room(self, _left: int) -> bool:
-        return bool(self.idle)
+    def room(self, left: int) -> bool:
+        depth = self.depth if left > len(self.hands) else 1  # at the end some would idle
+        return any(count < depth for count in self.hands.values())
 
     def submit(self, task: Task, rows: pd.DataFrame, seeds: list[int]) -> None:
-        actor = self.idle.pop()
+        actor = min(self.hands, key=self.hands.get)
+        self.hands[actor] += 1
         images = [Path(f).read_bytes() if f else b"" for f in rows.get("image", [])]
         ref = actor.run.remote(rows, images, seeds, task.batch_size)
         self.busy[ref] = task, actor
@@ -294,20 +326,22 @@ class OnRay:
                 if error.actor_init_failed:
                     why = str(error).strip().splitlines()[-1]
                     raise ValueError(f"a node of the cluster starts no worker: {why}") from error
-                self._begin()
+                if starting or self.hands.pop(actor, None):  # it may lose two tasks
+                    self._begin()
                 result, actor = LostWorkerError(first_line(error)), None
             except RayTaskError as error:
                 result = error.cause
                 if starting:
                     raise result from error
-            if actor:
-                self.idle.append(actor)
+            if actor in self.hands:
+                self.hands[actor] -= 1
+            elif starting and actor:
+                self.hands[actor] = 0
             if task:
                 yield task, result
 
     def close(self) -> None:
-        actors = [*self.idle, *self.starting.values(), *(a for _, a in self.busy.values())]
-        for actor in actors:
+        for actor in [*self.hands, *self.starting.values()]:
             self.ray.kill(actor)
         if self.own:
             self.ray.shutdown()
@@ -337,8 +371,8 @@ class _Actor:
                     Path(files[-1]).write_bytes(content)
             rows = rows.assign(image=files) if images else rows
             with self.device:
-                trace = self.job.sample(self.model, rows, seeds, batch_size)
-            return self.job.score(trace, rows)
+                rest = self.job.sample(self.model, rows, seeds, batch_size)
+            return _finish(rest, self.device)
 
 
 @contextlib.contextmanager
@@ -410,10 +444,10 @@ def _engine(job: Job, model, engine: str, workers: int | None, address: str | No
     if engine == "ray":
         threads = job.threads or 1
         recipe = job.recipe | {"device": model.device.type}  # one kind of device in one run
-        return OnRay(Job(job.function, job.settings, recipe, threads), workers, address)
+        return OnRay(replace(job, recipe=recipe, threads=threads), workers, address)
     threads = job.threads or max(1, cores() // len(chosen))
     recipes = [job.recipe | {"device": device} for device in chosen]
-    return Processes([Job(job.function, job.settings, r, threads) for r in recipes])
+    return Processes([replace(job, recipe=r, threads=threads) for r in recipes])
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -452,7 +486,7 @@ def identity(function: Callable, model, pairs: pd.DataFrame, settings: dict) -> 
     if callable(values.get("guidance_scale")):
         values["guidance_scale"] = guidance_values(values["guidance_scale"], values["steps"])
     values = {k: list(v) if isinstance(v, range) else v for k, v in values.items()}
-    fixed = {k: v for k, v in values.items() if k not in ("seeds", "batch_size")}
+    fixed = {k: v for k, v in values.items() if k not in PRIVATE}
     scheduler = json.dumps(model.scheduler_config, default=str, sort_keys=True)
     known = {"source": model.source, "fingerprint": model.fingerprint}
     known |= {"precision": model.precision, "scheduler": scheduler}
@@ -490,6 +524,8 @@ def record(
     threads : of each worker; by default this machine's cores are divided.
     progress : a bar on a terminal; ``"lines"`` also writes lines where there is none.
     strict : raise the first failure; otherwise go on, and name it in the summary.
+    batch_size, compile : where they are not given they are decided once, for all workers, and a
+        run on a GPU keeps its batch size. They change rounding alone, and may differ in one run.
 
     Returns
     -------
@@ -513,10 +549,17 @@ def record(
     seeds = [int(s) for s in values.get("seeds", [])]
     template = function(kernel, pairs.iloc[:0], **settings)  # refuses what cannot be
     run, summary = Run(address), Summary(os.fspath(address))
-    inner = {k: v for k, v in values.items() if k not in ("seeds", "batch_size")}
-    job = Job(function, inner, getattr(kernel, "recipe", None), threads)
+    recipe = getattr(kernel, "recipe", None)
+    others = [""] * (workers or 1) if engine == "ray" else devices(recipe, workers)
+    sizes = partial(_sizes, kernel, values, seeds, len(others))
     with run.work():
-        run.open_plan(agreed, rows, seeds, values.get("batch_size"), template)
+        batch, compile = values.get("batch_size"), values.get("compile", False)
+        old = _old_plan(run, compile)
+        if batch is None and kernel.device.type == "cuda":  # all batches of a run are of one size
+            batch = next((work["batch_size"] for work in old.get("work", [])), None)
+        if batch is None and "batch_size" in values:
+            batch, compile = sizes(None, compile, len(rows) * max(1, len(seeds)))
+        run.open_plan(agreed, rows, seeds, batch, template)
         places = {row["prompt_id"]: n for n, row in enumerate(run.plan["prompts"])}
         files = {places[row["prompt_id"]]: n for n, row in enumerate(rows)}
         columns = {run.plan["seeds"].index(s) for s in seeds}
@@ -533,6 +576,11 @@ def record(
             with contextlib.ExitStack() as stack:
                 bar = _Progress(total, function.__name__.split("_")[0], progress)
                 stack.callback(bar.bar.close)
+                _, compile = sizes(batch, compile, total)
+                # never where there is no place to say which images were compiled
+                inner = values | {"compile": compile and "compiled" in run.plan["parts"]}
+                inner = {k: inner[k] for k in values if k not in ("seeds", "batch_size")}
+                job = Job(function, inner, recipe, threads, getattr(kernel, "together", None))
                 pool = _engine(job, kernel, engine, workers, ray_address)
                 stack.callback(pool.close)
                 _Work(run, todo, pairs, files, summary, bar, strict).all(pool)
@@ -540,6 +588,33 @@ def record(
     if strict and summary.error:
         raise summary.error
     return summary
+
+
+def _sizes(kernel, values: dict, seeds: list, others: int, batch_size, compile, images: int):
+    """Batch size and whether to compile, where they are not given; decided once for all workers.
+
+    Workers of GPUs have copies of the weights of their own, one of them beside this process's.
+    """
+    others = others if kernel.device.type == "cuda" else 0
+    parts = (kernel.unet, kernel.vae, kernel.pipe.text_encoder) if others else ()
+    weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    return cost.decide(
+        kernel, "reverse" if seeds else "forward", batch_size, compile, images // max(1, others),
+        max(1, len(seeds)), values.get("steps", 0),
+        decoding=bool(values.get("images") or values.get("severity")),
+        beside=weights + CONTEXT if others else 0,
+    )  # fmt: skip
+
+
+def _old_plan(run: Run, compile: bool | None) -> dict:
+    """The plan of a run that was begun before, if any; compiling must have a place in it."""
+    plan = run.read_plan() or {}
+    if plan and compile and "compiled" not in plan.get("parts", ()):
+        raise StoreError(
+            f"{run.address} was begun without compiling, and has no place to say which images "
+            "are made so: record without it, or into another address"
+        )
+    return plan
 
 
 def _asked(task: Task, columns: set[int]) -> bool:

@@ -12,6 +12,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import numpy as np
@@ -24,8 +25,10 @@ from einops import einsum
 from jaxtyping import Float
 from tqdm import tqdm
 
+from memlib import cost
 from memlib.answers import unwrapped
 from memlib.gram import VECTORS
+from memlib.models import tf32
 from memlib.pairs import read_image
 from memlib.schedule import ddpm_noise_coefficients, make_scheduler, state_levels
 from memlib.severity import descriptor, provenance
@@ -172,14 +175,23 @@ def _contract(kept: dict, x_0: torch.Tensor) -> np.ndarray:
     return torch.stack(grams).cpu().numpy()
 
 
-def _pair_distances(x: torch.Tensor) -> np.ndarray:
-    """Distances between the seeds of one prompt, [state, seed, seed_]; x is [state, seed, ...]."""
+def _pair_distances(states: list[torch.Tensor]) -> np.ndarray:
+    """Distances between the seeds of one prompt, [state, seed, seed_], from each one's states.
+
+    On the device that the states are on; where it lacks the memory, on the CPU.
+    """
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return _distances(torch.stack(states, 1)).cpu().numpy()
+    return _distances(torch.stack([x.cpu() for x in states], 1)).numpy()
+
+
+def _distances(x: torch.Tensor) -> torch.Tensor:
     count = x.shape[1]
     distances = x.new_zeros((len(x), count, count), dtype=torch.float64)
     above = torch.triu_indices(count, count, 1)
     for between, state in zip(distances, x.flatten(2), strict=True):
         between[*above] = torch.pdist(state.double())
-    return (distances + distances.mT).cpu().numpy()
+    return distances + distances.mT
 
 
 def _targets(model, pairs: pd.DataFrame) -> torch.Tensor:
@@ -191,23 +203,23 @@ def _targets(model, pairs: pd.DataFrame) -> torch.Tensor:
     return x_0
 
 
-def _batches(work: list, batch_size: int, function: Callable):
+def _batches(work: list, batch_size: int, function: Callable, equal: bool = False):
     """Call `function` on one slice of `work` after the other; yield the slice and its result.
 
     Where the device runs out of memory the slice is halved; nothing that was done is done again.
+    `equal` fills up the last slice with its last entry, for compiled code; that is not yielded.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
     done = 0
     while done < len(work):
         part, result = work[done : done + batch_size], None
+        filled = part + part[-1:] * (batch_size - len(part)) if equal else part
         with contextlib.suppress(torch.OutOfMemoryError):
-            result = function(part)
+            result = function(filled)
         if result is None:
-            if len(part) == 1:
+            if len(filled) == 1:
                 raise MemoryError("a single image does not fit into the device's memory")
             torch.cuda.empty_cache()
-            batch_size = len(part) // 2
+            batch_size = len(filled) // 2
             continue
         yield part, result
         done += len(part)
@@ -227,8 +239,9 @@ def reverse_trace(
     steps: int = 50,
     severity: str | None = "sscd",
     images: bool = True,
-    batch_size: int = 20,
+    batch_size: int | None = None,
     progress: bool = True,
+    compile: bool | None = None,
 ) -> xr.Dataset:
     """Sample every prompt with every seed and record the Gram matrix of each state.
 
@@ -242,13 +255,15 @@ def reverse_trace(
     sampler : ``ddim`` or ``ddpm``; steps : number of updates.
     severity : one of `memlib.severity.MEASURES`, or None.
     images : keep the pictures (uint8).
-    batch_size : images sampled at once; halved when the device runs out of memory.
+    batch_size : images sampled at once; halved when the device runs out of memory. By default 20
+        on a CPU, and on a GPU what a few calls say that it holds (`memlib.cost.trial`).
+    compile : compile the U-Net. By default on a GPU where that saves more time than it takes.
 
     Returns
     -------
     Dataset: `gram` (prompt, seed, step, vec, vec_), `pair_distance` (prompt, step, seed, seed_),
     `severity` and `rescued` (prompt, seed), `image` (prompt, seed, y, x, rgb); `step` counts
-    states 0 ... steps.
+    states 0 ... steps. Where compiling was possible `compiled` (prompt, seed) says what was.
 
     Raises
     ------
@@ -260,6 +275,81 @@ def reverse_trace(
     MemoryError
         One image alone does not fit into the device's memory.
     """
+    return sample_trace(
+        model, pairs, seeds, guidance_scale, sampler, steps, severity, images, batch_size,
+        progress, compile,
+    ).finish()  # fmt: skip
+
+
+@dataclass
+class Sampled:
+    """A reverse trace whose pictures are not decoded and scored yet: its `finish` does it.
+
+    That needs nothing but the decoder, and the last states wait on the CPU: another thread may
+    do it while the device samples the next.
+    """
+
+    model: object
+    pairs: pd.DataFrame
+    severity: str | None
+    images: bool
+    decoding: bool
+    trace: xr.Dataset
+    last: torch.Tensor  # [prompt, seed, channel, height, width]
+    batches: list[list[tuple[int, int]]] = field(default_factory=list)  # prompt and seed numbers
+
+    def keep(self, batch: list, gram: np.ndarray, last: torch.Tensor, again: bool) -> None:
+        """Put the results of a batch into their places."""
+        self.batches.append(batch)
+        compiled = self.model.compiled and not again if "compiled" in self.trace else None
+        last = last.cpu()
+        for n, (p, s) in enumerate(batch):
+            self.trace.gram.values[p, s], self.trace.rescued.values[p, s] = gram[n], again
+            if compiled is not None:
+                self.trace.compiled.values[p, s] = compiled
+            if self.decoding:
+                self.last[p, s] = last[n]
+
+    def finish(self) -> xr.Dataset:
+        """The whole trace: pictures, batch by batch as they were sampled, and scores."""
+        trace = self.trace
+        if self.decoding:
+            side = self.model.image_size
+            pictures = np.empty((*self.last.shape[:2], side, side, 3), np.uint8)
+            for batch in self.batches:
+                together = self.model.together if _half_decoder(self.model) else len(batch)
+                with _beside(self.model.device):
+                    for part, decoded in _batches(batch, together, self._decode):
+                        pictures[tuple(zip(*part, strict=True))] = decoded
+            trace = trace.assign(image=(("prompt", "seed", "y", "x", "rgb"), pictures))
+        if self.severity is not None:
+            trace = score(trace, self.pairs, self.severity)
+        return trace if self.images else trace.drop_vars("image", errors="ignore")
+
+    def _decode(self, part: list) -> np.ndarray:
+        return self.model.decode(torch.stack([self.last[p, s] for p, s in part]))
+
+
+def _half_decoder(model) -> bool:
+    return getattr(model, "decoder", "float32") != "float32"
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _beside(device: torch.device):
+    """On a GPU work of this context does not wait for that of other threads, nor they for it."""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.stream(_stream(device)) if on_gpu else contextlib.nullcontext()
+
+
+def sample_trace(
+    model, pairs, seeds, guidance_scale, sampler, steps, severity, images, batch_size, progress,
+    compile,
+) -> Sampled:  # fmt: skip
+    """`reverse_trace`, as far as the device has to sample."""
     model = unwrapped(model)  # a trace is kept as a whole, not call by call
     seeds = [int(s) for s in seeds]
     if not seeds or len(set(seeds)) != len(seeds):
@@ -268,17 +358,28 @@ def reverse_trace(
         descriptor(severity)  # an unknown name fails now, not after the sampling
     pairs = pairs.reset_index(drop=True)
     scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
-    timesteps, alpha_bar = state_levels(scheduler)
     guidance = guidance_values(guidance_scale, steps)
+    decoding = bool((images or severity) and model.image_size)
+    trace = _empty_trace(model, pairs, seeds, scheduler, guidance, sampler)
+    if compile is not None or model.device.type == "cuda":
+        trace["compiled"] = trace.rescued.copy(deep=True)
+    last = torch.empty((len(pairs), len(seeds), *model.latent_shape) if decoding else 0)
+    found = Sampled(model, pairs, severity, images, decoding, trace, last.to(model.dtype))
+    count = len(pairs) * len(seeds)
+    size, compile = cost.decide(
+        model, "reverse", batch_size, compile, count, len(seeds), steps, decoding
+    )
+    # A size that was given is kept though there are fewer images: others may have compiled for it.
+    size = size if batch_size else max(1, min(size, count))
+    with model.compiling() if compile else contextlib.nullcontext():
+        _sample_all(found, seeds, scheduler, guidance, size, compile, progress)
+    return found
+
+
+def _sample_all(found: Sampled, seeds, scheduler, guidance, batch_size, equal, progress) -> None:
+    model, pairs = found.model, found.pairs
     x_0 = _targets(model, pairs)
     work = [(p, s) for p in range(len(pairs)) for s in range(len(seeds))]
-    grams = np.empty((len(pairs), len(seeds), steps + 1, len(VECTORS), len(VECTORS)))
-    distances = np.empty((len(pairs), steps + 1, len(seeds), len(seeds)))
-    rescued = np.zeros((len(pairs), len(seeds)), np.uint8)  # half precision could not do these
-    pictures = None
-    if (images or severity) and model.image_size:
-        side = model.image_size
-        pictures = np.empty((len(pairs), len(seeds), side, side, 3), np.uint8)
     waiting: list[torch.Tensor] = []  # states of the prompt whose seeds are not all done yet
 
     def record(batch):
@@ -288,40 +389,43 @@ def reverse_trace(
             return sample(model, captions, [seeds[s] for _, s in batch], scheduler, guidance)
 
         kept, again = _rescued(model, run)
-        gram = _contract(kept, x_0[[p for p, _ in batch]])
-        decoded = None if pictures is None else model.decode(kept["x_t"][-1])
-        return gram, kept["x_t"], decoded, again
+        return _contract(kept, x_0[[p for p, _ in batch]]), kept["x_t"], again
 
-    with progress_bar(len(work), f"sample {sampler}", progress) as bar:
-        for batch, (gram, x_t, decoded, again) in _batches(work, batch_size, record):
+    with progress_bar(len(work), f"sample {found.trace.sampler}", progress) as bar:
+        for batch, (gram, x_t, again) in _batches(work, batch_size, record, equal):
+            found.keep(batch, gram, x_t[-1], again)
             for n, (p, s) in enumerate(batch):
-                grams[p, s], rescued[p, s] = gram[n], again
-                waiting.append(x_t[:, n].cpu())
+                # On a GPU a copy: a part of the batch's tensor would keep all of it.
+                waiting.append(x_t[:, n].clone() if x_t.is_cuda else x_t[:, n])
                 if s == len(seeds) - 1:
-                    distances[p] = _pair_distances(torch.stack(waiting, 1))
+                    found.trace.pair_distance.values[p] = _pair_distances(waiting)
                     waiting.clear()
-                if pictures is not None:
-                    pictures[p, s] = decoded[n]
             bar.update(len(batch))
-            del gram, x_t, decoded  # not beside those of the next batch
+            del gram, x_t  # not beside those of the next batch
+
+
+def _empty_trace(model, pairs, seeds, scheduler, guidance, sampler) -> xr.Dataset:
+    """The trace before anything was sampled, with room for it."""
+    timesteps, alpha_bar = state_levels(scheduler)
+    states, seeds_ = len(alpha_bar), len(seeds)
+    shape = (len(pairs), seeds_, states, len(VECTORS), len(VECTORS))
     trace = xr.Dataset(
         {
-            "gram": (("prompt", "seed", "step", "vec", "vec_"), grams),
-            "pair_distance": (("prompt", "step", "seed", "seed_"), distances),
+            "gram": (("prompt", "seed", "step", "vec", "vec_"), np.empty(shape)),
+            "pair_distance": (
+                ("prompt", "step", "seed", "seed_"), np.empty((len(pairs), states, seeds_, seeds_)),
+            ),
         },
         {"seed": seeds, "seed_": seeds, **_coords(pairs, timesteps, alpha_bar)},
-    )
+    )  # fmt: skip
     trace["guidance_scale"] = ("step", np.append(guidance, np.nan))
-    trace["rescued"] = (("prompt", "seed"), rescued)
-    if pictures is not None:
-        trace["image"] = (("prompt", "seed", "y", "x", "rgb"), pictures)
+    # half precision could not do these
+    trace["rescued"] = (("prompt", "seed"), np.zeros((len(pairs), seeds_), np.uint8))
     setting = sorted({float(g) for g in guidance})
     trace.attrs = _attributes(model, "reverse", sampler) | {
         "guidance": setting[0] if len(setting) == 1 else [float(g) for g in guidance],
     }
-    if severity is not None:
-        trace = score(trace, pairs, severity)
-    return trace if images else trace.drop_vars("image", errors="ignore")
+    return trace
 
 
 def score(trace: xr.Dataset, pairs: pd.DataFrame, measure: str) -> xr.Dataset:
@@ -343,7 +447,7 @@ def forward_trace(
     pairs: pd.DataFrame,
     timesteps: Sequence[int],
     draws: int = 16,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
     r"""Noise every training image to every timestep and record what the model predicts.
@@ -355,6 +459,7 @@ def forward_trace(
     ----------
     timesteps : training timesteps, 0 ... 999; the dim `step` has one entry for each.
     draws : noises for each image and timestep.
+    batch_size : noisy images at once; by default 64 on a CPU, and what fits on a GPU.
 
     Returns
     -------
@@ -382,6 +487,9 @@ def forward_trace(
     )
     grams = np.full((len(pairs), draws, len(levels), len(VECTORS), len(VECTORS)), np.nan)
     rows = [(d, i) for d in range(draws) for i in range(len(levels))]
+    batch_size, _ = cost.decide(
+        model, "forward", batch_size, False, len(pairs) * len(rows), 1, 0, decoding=False
+    )
     with progress_bar(len(pairs) * len(rows), "forward", progress) as bar:
         for p, caption in enumerate(pairs.caption):
             cond, uncond = model.encode_text([caption])
@@ -464,6 +572,8 @@ def _attributes(model, direction: str, sampler: str) -> dict:
         "sampler": sampler,
         "scheduler": json.dumps(dict(model.scheduler_config), default=str),
         "dtype": model.precision,
+        "decoder": getattr(model, "decoder", "float32"),
+        "tf32": str(tf32(model.device)),
         "latent_size": int(np.prod(model.latent_shape)),
         "versions": _versions(),
     }
