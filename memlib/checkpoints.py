@@ -300,36 +300,59 @@ def _of_one_file(place: Place, vae):
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
-    with safe_open(place.file, "pt") as opened:
-        keys = list(opened.keys())
-    for part, prefix in ORIGINAL.items():
-        if not (part == "vae" and vae) and not any(key.startswith(prefix) for key in keys):
-            hint = ": give one as vae" if part == "vae" else ""
-            raise ModelError(f"{place.file} holds no {part}{hint}")
+    _count(place, [part for part in PARTS if not (part == "vae" and vae)])
     own = place.folder / "tokenizer"
     options = json.loads((own / "tokenizer_config.json").read_text())
     options = {key: options[key] for key in ("pad_token", "model_max_length") if key in options}
-    words = (
-        own
-        if {f.name for f in own.glob("*")} & {"vocab.json", "tokenizer.json"}
-        else (CONFIGS / "tokenizer")
-    )  # the shipped ones share it
-    pipe = StableDiffusionPipeline.from_single_file(
-        str(place.file), config=str(place.folder), local_files_only=True, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-        tokenizer=CLIPTokenizer.from_pretrained(words, **options), **({"vae": vae} if vae else {}),
-    )  # fmt: skip
+    whole = {f.name for f in own.glob("*")} & {"vocab.json", "tokenizer.json"}
+    tokenizer = CLIPTokenizer.from_pretrained(own if whole else CONFIGS / "tokenizer", **options)
+    try:
+        pipe = StableDiffusionPipeline.from_single_file(
+            str(place.file), config=str(place.folder), local_files_only=True, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False, tokenizer=tokenizer,
+            **({"vae": vae} if vae else {}),
+        )  # fmt: skip
+    except NotImplementedError as error:  # a tensor that was not in the file has no numbers
+        raise ModelError(f"{place.file}: weights under names that are not SD's") from error
     for part in PARTS:
-        if part == "vae" and vae:
-            continue
         tensors = getattr(pipe, part).state_dict()
-        missing = [name for name, tensor in tensors.items() if tensor.is_meta]
-        check(f"{place.file}, {part}", missing)
-        mine = [k for k in keys if k.startswith(ORIGINAL[part]) and not k.endswith("position_ids")]
-        if not any(".resblocks." in key for key in mine) and len(mine) != len(tensors):
-            # one tensor of the file is one of the part; OpenCLIP's text encoder packs three in one
-            check(f"{place.file}, {part}", [], mine[len(tensors) :] or mine)
+        check(f"{place.file}, {part}", [name for name, t in tensors.items() if t.is_meta])
     return pipe
+
+
+def _count(place: Place, parts: list[str]) -> None:
+    """As many tensors in the file as its parts have: diffusers' reader lets some be missing."""
+    import diffusers
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with safe_open(place.file, "pt") as opened:
+        keys = [key for key in opened.keys() if not key.endswith("position_ids")]  # noqa: SIM118
+    for part in parts:
+        mine = [key for key in keys if key.startswith(ORIGINAL[part])]
+        if not mine:
+            hint = ": give one as vae" if part == "vae" else ""
+            raise ModelError(f"{place.file} holds no {part}{hint}")
+        packed = part == "text_encoder" and any(".resblocks." in key for key in mine)
+        with torch.device("meta"):
+            if part == "text_encoder":
+                config = CLIPTextConfig.from_pretrained(place.folder / part)
+                network = CLIPTextModel(config)
+            else:
+                kind = getattr(diffusers, PARTS[part])
+                network = kind.from_config(kind.load_config(place.folder / part))
+        wanted = len(network.state_dict())
+        if packed:  # OpenCLIP packs three matrices in one, and SD v2 leaves out its last layer
+            layers = config.num_hidden_layers
+            wanted -= 4 * layers
+            beyond = [f".resblocks.{n}." for n in range(layers, layers + 9)]
+            beyond += [".text_projection", ".logit_scale"]
+            mine = [key for key in mine if not any(name in key for name in beyond)]
+        if len(mine) != wanted:
+            what = "missing" if len(mine) < wanted else "too many"
+            raise ModelError(
+                f"{place.file}: {abs(len(mine) - wanted)} of its {part}'s weights {what}"
+            )
 
 
 def _check_fit(where, pipe) -> None:

@@ -244,14 +244,23 @@ def test_files_that_are_no_file_of_weights(tmp_path, folders):  # noqa: F811
     refused("a revision is for models of the Hub", folders("sd14"), revision="v1")
 
 
+@pytest.mark.parametrize("family", ["sd14", "sd21"])
 @pytest.mark.parametrize("part", ["model.diffusion_model.", "first_stage_model.", "cond_stage_"])
-def test_one_file_lacks_a_weight(single, folders, tmp_path, part):  # noqa: F811
-    tensors = load_file(single("sd14"))
+def test_one_file_lacks_a_weight(single, folders, tmp_path, part, family):  # noqa: F811
+    tensors = load_file(single(family))
     key = next(k for k in tensors if k.startswith(part) and k.endswith("1.weight"))
     tensors.pop(key)
     save_file(tensors, tmp_path / "x.safetensors")
-    refused("1 weight missing", tmp_path / "x.safetensors",
-            config=folders("sd14"))  # fmt: skip
+    refused("1 of its .* weights missing", tmp_path / "x.safetensors",
+            config=folders(family))  # fmt: skip
+
+
+def test_one_file_with_an_unmerged_lora(single, folders, tmp_path):  # noqa: F811
+    tensors = {
+        k.replace(".to_q.", ".to_q.base_layer."): v for k, v in load_file(single("sd14")).items()
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    refused("under names that are not SD's", tmp_path / "x.safetensors", config=folders("sd14"))
 
 
 def test_one_file_without_vae(single, folders, tmp_path):  # noqa: F811
@@ -260,7 +269,7 @@ def test_one_file_without_vae(single, folders, tmp_path):  # noqa: F811
         {k: v for k, v in tensors.items() if not k.startswith("first_stage")},
         tmp_path / "x.safetensors",
     )
-    refused("", tmp_path / "x.safetensors", config=folders("sd14"))
+    refused("holds no vae: give one", tmp_path / "x.safetensors", config=folders("sd14"))
     model = memlib.load(
         tmp_path / "x.safetensors", config=folders("sd14"), vae=folders("sd14") / "vae"
     )
@@ -272,7 +281,7 @@ def test_one_file_holds_too_much(single, folders, tmp_path):  # noqa: F811
     tensors = load_file(single("sd14"))
     key = "model.diffusion_model.input_blocks.1.1.lora_up.weight"
     save_file(tensors | {key: torch.zeros(2)}, tmp_path / "x.safetensors")
-    refused("1 weight too many", tmp_path / "x.safetensors", config=folders("sd14"))
+    refused("1 of its unet's weights too many", tmp_path / "x.safetensors", config=folders("sd14"))
 
 
 def test_the_shipped_configurations():
