@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 import shutil
 import tarfile
 import zipfile
@@ -107,6 +108,107 @@ def test_json_lines_and_csv_with_an_index(tmp_path):
         memlib.load_pairs(file, images=tmp_path / "nowhere")
 
 
+def noise(seed, file=None, kind="PNG"):
+    """Another picture for every seed; its bytes, and in a file."""
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (80, 90, 3), np.uint8)
+    Image.fromarray(pixels).save(out, kind)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(out.getvalue())
+    return out.getvalue()
+
+
+def found(table, folder):
+    """The names of the pictures that are found for a list's rows, and the notes."""
+    pairs = lists.find_images(pd.DataFrame(table).astype(str), folder)
+    names = [str(Path(i).relative_to(folder.resolve())) if i else "" for i in pairs.image]
+    return names, list(pairs.image_note)
+
+
+FOUR = {"prompt_id": ["12", "13", "14", "15"], "caption": list("abcd")}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"00000/000000012.jpg": 1, "00000/000000013.jpg": 2, "00001/000010003.jpg": 3},
+         ["00000/000000012.jpg", "00000/000000013.jpg", "", ""]),
+        ({"12.avif": "AVIF", "13.jfif": "JPEG", "14.JPG": "JPEG", "15.jp2": "JPEG2000"},
+         ["12.avif", "13.jfif", "14.JPG", "15.jp2"]),
+        ({"12.0.png": 1, "0014.PNG": 2, "13.pgm": "PPM", "15.webp": "AVIF"},  # by its content
+         ["12.0.png", "13.pgm", "0014.PNG", "15.webp"]),
+        ({"12.jpg": 1, "._12.jpg": b"\0\5\x16\7", "__MACOSX/._13.jpg": b"\0\5", ".cache/14.png": 3,
+          "set-aside/15.png": 4}, ["12.jpg", "", "", ""]),
+        ({"12.jpg": 1, "12.gif": b"<html>gone</html>", "13.png": 2, "13.jpg": b"", "14.gif": b"",
+          "deep/er/14.png": 3}, ["12.jpg", "13.png", "deep/er/14.png", ""]),
+    ],
+)  # fmt: skip
+def test_pictures_as_other_tools_leave_them(tmp_path, files, expected):
+    folder, copy = tmp_path / "left", tmp_path / "copy"
+    for n, (name, content) in enumerate(files.items()):
+        data = noise(n, folder / name, content if isinstance(content, str) else "PNG")
+        (folder / name).write_bytes(content if isinstance(content, bytes) else data)
+    names, notes = found(FOUR, folder)
+    assert names == expected
+    assert all(bool(name) != bool(note) for name, note in zip(names, notes, strict=True))
+    lists.copy_pictures(folder, copy)
+    assert found(FOUR, copy) == (names, notes)
+    with pytest.raises(ValueError, match="which is in"):
+        lists.copy_pictures(folder, folder / "images")
+
+
+def test_a_picture_is_whose_its_address_says(tmp_path):
+    """img2dataset numbers the rows that it was given; its JSON files say which these were."""
+    rows = {"prompt_id": ["1", "2", "3", "4"], "caption": ["a", "b", "b", "d"],
+            "url": ["u1", "u2", "u3", ""]}  # fmt: skip
+    told = {0: ("u1", "a"), 1: ("u3", "b"), 2: ("gone", "b"), 3: ("", "d"), 4: ("u9", "z")}
+    for key, (url, caption) in told.items():
+        noise(key, tmp_path / f"00000/{key:09}.jpg")
+        (tmp_path / f"00000/{key:09}.json").write_text(
+            json.dumps({"url": url, "caption": caption, "key": f"{key:09}", "status": "success"})
+        )
+    names, notes = found(rows, tmp_path)
+    assert [Path(n).stem[-1:] for n in names] == ["0", "2", "1", "3"]  # 2: by number and caption
+    assert notes == [""] * 4
+    (tmp_path / "00000/000000001.json").write_text("[broken")  # then its number is all there is
+    assert Path(found(rows, tmp_path)[0][0]).stem == "000000000"
+    del rows["url"]
+    assert [Path(n).stem[-1:] for n in found(rows, tmp_path)[0]] == ["0", "2", "2", "3"]
+
+
+def test_rows_without_ids_are_counted(tmp_path):
+    for n in range(3):
+        noise(n, tmp_path / f"images/{n:04}.png")
+    (tmp_path / "list.csv").write_text("caption\na\nb\n")
+    pairs = memlib.load_pairs(tmp_path / "list.csv", tmp_path / "images")
+    assert [Path(i).name for i in pairs.image] == ["0000.png", "0001.png"]
+    assert pairs.prompt_id.str.match(r"[ab]-[0-9a-f]{8}$").all()
+    (tmp_path / "list.csv").write_text("caption,index\na,\nb,7\n")  # 1 would be another's index
+    pairs = memlib.load_pairs(tmp_path / "list.csv", tmp_path / "images")
+    assert list(pairs.image) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("captions", "urls", "kept"),
+    [
+        (["a cat", "two dogs", "x"], None, False),
+        (["a cat", "two dogs", "x"], ["http://a/1", "http://a/2", "z"], False),
+        (["a cat", "two dogs", "x"], ["http://a/1", "http://a/1", "z"], True),
+        (["a cat", "two dogs", "x"], ["http://a/1", "HTTPS://a/1#top", "z"], True),
+        (["A cat, asleep", "a CAT (asleep)", "x"], ["http://a/1", "http://b/2", "z"], True),
+    ],
+)
+def test_one_picture_for_several_prompts(tmp_path, captions, urls, kept):
+    table = {"prompt_id": ["1", "2", "3"], "caption": captions} | ({"url": urls} if urls else {})
+    for n in (1, 2, 3):
+        noise(max(n, 2), tmp_path / f"{n}.png")
+    names, notes = found(table, tmp_path)
+    assert names == (["1.png", "2.png", "3.png"] if kept else ["", "", "3.png"])
+    reason = "a placeholder: the same picture came for "
+    assert notes == (["", "", ""] if kept else [reason + "2", reason + "1", ""])
+
+
 def test_reconciling_rows_without_an_address():
     a = pd.DataFrame({"index": [1, 2], "caption": ["x", "y"], "url": [None, None]})
     assert list(lists.reconcile(a, a).list) == ["both", "both"]
@@ -126,7 +228,8 @@ def test_reconciling_two_lists():
 def test_archives(tmp_path, kind):
     picture = Path(LAB.image[0]).read_bytes()
     archive = tmp_path / f"images.{kind}"
-    members = {"deep/7.png": picture, "../../evil.png": picture, "notes.txt": b""}
+    members = {"._7.png": b"", "deep/7.png": picture, "../../evil.png": picture, "notes.txt": b""}
+    members["00000/7.json"] = b"{}"
     members["big.png"] = bytes(len(picture) + 1)
     if kind == "zip":
         with zipfile.ZipFile(archive, "w") as pack:
@@ -143,7 +246,7 @@ def test_archives(tmp_path, kind):
             pack.addfile(link)
     folder = tmp_path / "out" / "images"
     assert lists.unpack(archive, folder, max_bytes=len(picture)) == 2
-    assert {p.name for p in folder.iterdir()} == {"7.png", "evil.png"}
+    assert {p.name for p in folder.iterdir()} == {"7.png", "evil.png", "7.json"}
     assert not list(tmp_path.glob("*.png"))
     assert not list((tmp_path / "out").glob("*.png"))
     assert (folder / "7.png").read_bytes() == picture
@@ -331,7 +434,8 @@ def test_our_preprocessing_against_the_published_ones():
 def test_fetching_from_a_folder(webster, tmp_path, capsys):
     source = tmp_path / "mine"
     source.mkdir()
-    shutil.copy(LAB.image[0], source / "40.png")
+    (source / "00000").mkdir()
+    shutil.copy(LAB.image[0], source / "00000/40.png")
     assert cli.main(["fetch", "webster-sd14", "--images", str(source)]) == 0
     assert "webster-sd14: 5 prompts, 1 with an image" in capsys.readouterr().out
     pack = tmp_path / "pack.zip"
@@ -363,6 +467,38 @@ def test_trace_from_the_command_line(webster, tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(table.D1[3], memlib.deviations(trace).D1[3])
     assert cli.main([*command[:5], "--seeds", "1", "--steps", "2", "--only-with-images"]) == 0
     assert "1 prompts (1 with an image)" in capsys.readouterr().out
+
+
+def test_two_lists_are_recorded_with_equal_settings(tmp_path, monkeypatch, capsys):
+    """Whether their ids are made up, or their own: then each has a run, and both are found."""
+    monkeypatch.setenv("MEMLIB_CACHE", str(tmp_path / "cache"))
+
+    def trace(text):
+        (tmp_path / "list.csv").write_text(text)
+        code = cli.main(["trace", "--pairs", str(tmp_path / "list.csv"), "--seeds", "1",
+                         "--steps", "2", "--severity", "ncc"])  # fmt: skip
+        out = capsys.readouterr()
+        assert code == 0, out.err
+        return re.search(r"(\d+) pieces recorded, (\d+) were there", out.out).groups()
+
+    assert trace("caption\na red boat\na green tree\n") == ("2", "0")
+    assert trace("caption\ntwo blue cars\na red boat\n") == ("1", "1")
+    assert trace("caption\na read boat\na green tree\n") == ("1", "1")  # a typo
+    assert trace("caption,kind\na green tree,control\n") == ("1", "0")
+    assert len(list((tmp_path / "cache").glob("run-*/plan.json"))) == 1
+    assert trace("caption,prompt_id\na,1\nb,2\n") == ("2", "0")
+    assert trace("caption,prompt_id\nc,1\nd,2\n") == ("2", "0")
+    assert trace("caption,prompt_id\nd,2\ne,3\n") == ("1", "1")
+    assert trace("caption,prompt_id\nb,2\n") == ("0", "1")
+    assert len(list((tmp_path / "cache").glob("run-*/plan.json"))) == 2
+    sampled = []
+    monkeypatch.setattr("memlib.sample.sample", lambda *_: sampled.append(1))
+    for text in ("caption,prompt_id\nc,1\n", "caption,prompt_id\na,1\n"):
+        (tmp_path / "list.csv").write_text(text)
+        pairs = memlib.load_pairs(tmp_path / "list.csv")
+        lab = memlib.load("lab")
+        memlib.recorded(memlib.reverse_trace, lab, pairs, seeds=[0], steps=2, severity="ncc")
+    assert not sampled
 
 
 @pytest.mark.parametrize(
