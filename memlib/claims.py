@@ -100,7 +100,7 @@ def settle(
     if name not in CLAIMS:
         raise KeyError(f"unknown claim {name!r}{nearest(name, CLAIMS)}")
     attrs, origin = trace.attrs, trace.attrs["fingerprint"]
-    model = ALIASES.get(attrs["model"], attrs["model"])
+    model = attrs["model"]
     if model != f"./{Path(model).name}":  # that is a folder called like a model of ours
         model = Path(model).name
     sampler = "any" if attrs["direction"] == "forward" else attrs["sampler"]

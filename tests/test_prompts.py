@@ -300,6 +300,8 @@ def test_official_preprocessing(official, measure, size):
     cells = [x[i * height : (i + 1) * height, j * width : (j + 1) * width].mean((0, 1))
              for i in (0, 1) for j in (0, 1)]  # fmt: skip
     expected = np.array(cells).T.flatten()
+    fed = severity.official_input(image, severity.PREPROCESSING[measure][1])
+    assert fed.shape == (3, *reversed(size))
     found = severity.descriptor(measure)(image[None])[0]
     expected /= np.linalg.norm(expected)
     np.testing.assert_allclose(found, expected, atol=2e-4)  # means in float32
