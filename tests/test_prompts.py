@@ -577,6 +577,17 @@ def test_the_doctor_says_which_commit_is_here(official, tmp_path, monkeypatch, c
             put(realvis.vae, VAE_REVISION, "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_weights_are_fetched_in_the_precision_they_will_be_used_in(gpu, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("memlib.checkpoints.download", lambda *a: asked.append(a) or ["somewhere"])
+    for arguments in (["realvis"], ["sd14", "--dtype", "float32"], ["a/b", "--dtype", "float16"]):
+        assert cli.main(["fetch", *arguments]) == 0
+    assert asked == [("realvis", None, gpu), ("sd14", None, False), ("a/b", None, True)]
+    assert capsys.readouterr().out == 3 * "somewhere\n"
+
+
 def test_help_lists_every_model(capsys):
     for command in ("trace", "book", "fetch"):
         with pytest.raises(SystemExit):
