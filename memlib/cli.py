@@ -43,7 +43,7 @@ def trace(options) -> int:
     summary = memlib.record(
         memlib.reverse_trace, model, pairs, address=address, engine=options.engine,
         workers=options.workers, ray_address=options.address, threads=options.threads,
-        progress="lines", batch_size=options.batch_size, **settings,
+        progress="lines", batch_size=options.batch_size, compile=options.compile, **settings,
     )  # fmt: skip
     cache.leave_card(model)
     print(summary)
@@ -193,7 +193,7 @@ def doctor(_options) -> None:
         except PackageNotFoundError:
             line(package, "missing: pip install -e '.[book]' in a checkout")
     print("Device")
-    card, memory = None, 0.0
+    card = None
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         memory = torch.cuda.get_device_properties(0).total_memory
@@ -237,13 +237,15 @@ def doctor(_options) -> None:
         line(measure, f"{network.file} ({known}): {state}")
         if network.note:
             line("", network.note)
-    print("Time for 100 prompts, 10 seeds, 50 steps (computed, not measured)")
+    print("Time for 100 prompts, 10 seeds, 50 steps (operations over a share of the card's peak)")
     shown = [card] if card else cost.CARDS
     for name in ("sd14", "sd21"):
         hours = [f"{c.name} {1000 * cost.seconds_per_image(name, c) / 3600:.1f} h" for c in shown]
         line(name, ", ".join(hours))
-    if card:
-        line("batch", f"about {cost.batch_for('sd14', memory)} images of SD v1.4 at once")
+    shares = [f"{c.name} {c.share:.0%} {c.basis}" for c in shown]
+    line("the share", ", ".join(shares))
+    images = cost.LEVEL // (4 * cost.UNETS["sd14"][0] ** 2)
+    line("batch", f"on a GPU what a trial finds to fit, at most {images} images of SD v1.4")
     line("lab", "a few minutes on two cores")
 
 
@@ -301,8 +303,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--severity", default="sscd", help="copy score; see memlib doctor")
     p.add_argument("--no-images", action="store_true", help="keep no pictures, to save disk")
     p.add_argument(
-        "--batch-size", type=int, default=20, help="of images; halved where memory runs out"
+        "--batch-size", type=int, help="of images; by default 20 on a CPU and what a GPU holds"
     )
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction,
+        help="the U-Net; by default on a GPU where the run is long enough to pay for it",
+    )  # fmt: skip
     p.add_argument("--device", help="cuda, cuda:1, cpu; a GPU by default")
     p.add_argument("--dtype", help="of the U-Net: float16, bfloat16 or float32")
     p.add_argument("--out", type=Path, help="CSV file for D1, D2 and severity of each prompt")
