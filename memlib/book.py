@@ -226,6 +226,8 @@ def execute_chapters(root: Path, profile: str, chapters: dict, chosen: dict) -> 
     A chapter on a model or manifest of the reader's own always runs: only the cache of traces
     can tell whether its data changed.
     """
+    import nbformat
+
     build = root / "_build" / profile
     outside = place_paths(chosen, build / "work")
     executed = []
@@ -234,7 +236,9 @@ def execute_chapters(root: Path, profile: str, chapters: dict, chosen: dict) -> 
         wanted = digest(root, notebook, chosen[name])
         known = record.exists() and json.loads(record.read_text())["digest"] == wanted
         if known and name not in outside:
-            continue
+            kept = nbformat.read(record.with_suffix(".ipynb"), as_version=4)
+            if not missing_figure(notebook, kept):
+                continue
         start = time.monotonic()
         try:
             with progress(f"[{number}/{len(chapters)}] {name} …", build / "progress"):
@@ -278,6 +282,28 @@ def progress(title: str, file: Path):
         print(f"\r{title}\x1b[K", end=" ", flush=True)
 
 
+def own_kernel(scratch: Path) -> type:
+    """A kernel of this very Python, with this process's packages, that shows figures inline.
+
+    A user's kernelspecs, matplotlibrc, IPython profile and startup file do not reach it.
+    """
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    environment = {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "MATPLOTLIBRC": os.devnull,  # matplotlib's defaults, on which memlib.mplstyle goes
+        "IPYTHONDIR": str(scratch.resolve() / "ipython"),
+        "PYTHONSTARTUP": "",
+    }
+
+    class OwnKernel(AsyncKernelManager):
+        kernel_spec = KernelSpec(**get_kernel_dict(), env=environment)
+
+    return OwnKernel
+
+
 def execute(name: str, notebook, chosen: dict, build: Path) -> str:
     """Run one chapter in a fresh kernel; return the notebook without times and host names."""
     import jupytext
@@ -298,7 +324,8 @@ def execute(name: str, notebook, chosen: dict, build: Path) -> str:
             scratch / "in.ipynb",
             scratch / "out.ipynb",
             parameters=chosen,
-            kernel_name="python3",
+            kernel_name="python3",  # asked for, not looked up
+            kernel_manager_class=own_kernel(scratch),
             language="python",
             cwd=work,
             progress_bar=False,
@@ -318,6 +345,8 @@ def execute(name: str, notebook, chosen: dict, build: Path) -> str:
         raise BookError(f"chapter {name!r}: the kernel died (out of memory?)") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if figure := missing_figure(notebook, result):
+        raise BookError(f"chapter {name!r}: the cell of figure {figure!r} left no picture")
     result.metadata.pop("papermill", None)
     for cell in result.cells:
         for key in ("execution", "papermill"):
@@ -329,6 +358,25 @@ def execute(name: str, notebook, chosen: dict, build: Path) -> str:
             cell.metadata.tags.append("hide-input")
             cell.metadata["mystnb"] = {"code_prompt_show": "Show the parameters of this run"}
     return nbformat.writes(result) + "\n"
+
+
+def code_cells(notebook, injected: bool = False) -> list:
+    """The chapter's own code cells, or those that papermill put in."""
+    return [
+        cell for cell in notebook.cells
+        if cell.cell_type == "code"
+        and ("injected-parameters" in cell.metadata.get("tags", [])) == injected
+    ]  # fmt: skip
+
+
+def missing_figure(notebook, executed) -> str:
+    """The first figure of a chapter of which its run left no picture; '' if all are there."""
+    for cell, run in zip(code_cells(notebook), code_cells(executed), strict=True):
+        figure = cell.metadata.get("mystnb", {}).get("figure")
+        kinds = [kind for output in run.outputs for kind in output.get("data", {})]
+        if figure and not any(kind.startswith("image/") for kind in kinds):
+            return figure.get("name", "without a name")
+    return ""
 
 
 def uncoloured(text: str) -> str:
@@ -352,10 +400,7 @@ def write(path: Path, text: str) -> None:
 
 def merge(notebook, executed):
     """Today's prose and metadata with the outputs of the run."""
-    code = [cell for cell in executed.cells if cell.cell_type == "code"]
-    injected = [cell for cell in code if "injected-parameters" in cell.metadata.get("tags", [])]
-    runs = iter([cell for cell in code if cell not in injected])
-    merged = []
+    runs, injected, merged = iter(code_cells(executed)), code_cells(executed, True), []
     for cell in notebook.cells:
         merged.append(cell)
         if cell.cell_type == "code":
@@ -395,11 +440,11 @@ def write_ledger(root: Path, results: Path, folder: Path) -> None:
     A column is of one model, to the commit, the VAE and the precision; a line of the matrix is of
     one claim and, where the number depends on it, of one score. The latest row is shown.
     """
-    if not (root / "memlib" / "claims.toml").exists():
+    table = root / "memlib" / "claims.toml"
+    if not table.exists():
         return
-    from memlib.claims import CLAIMS, read_rows
-
-    found = read_rows(results)
+    claims = tomllib.loads(table.read_text())
+    found = read_rows(claims, results)
     rows = {(r["claim"], r["measure"], build_of(r), r["sampler"]): r for r in found}
     builds = dict.fromkeys(build_of(row) for row in found)
     if not any(title == TITLES["lab"] for title, *_ in builds):
@@ -408,7 +453,7 @@ def write_ledger(root: Path, results: Path, folder: Path) -> None:
     builds = sorted(builds, key=lambda b: order.index(b[0]) if b[0] in order else len(order))
     lines = [
         (name, measure)
-        for name, claim in CLAIMS.items()
+        for name, claim in claims.items()
         for measure in sorted(
             {row["measure"] for row in found if row["claim"] == name}
             or {"sscd" if claim.get("score") else ""}
@@ -418,18 +463,18 @@ def write_ledger(root: Path, results: Path, folder: Path) -> None:
     def row_of(line: tuple, build: tuple, sampler: str) -> dict | None:
         return rows.get((*line, build, sampler)) or rows.get((*line, build, "any"))
 
-    (folder / "_matrix.md").write_text(matrix(CLAIMS, lines, builds, row_of))
-    (folder / "_ledger.md").write_text(ledger(CLAIMS, lines, builds, row_of))
-    found.sort(key=lambda row: (list(CLAIMS).index(row["claim"]), row["model"]))
+    (folder / "_matrix.md").write_text(matrix(claims, lines, builds, row_of))
+    (folder / "_ledger.md").write_text(ledger(claims, lines, builds, row_of))
+    found.sort(key=lambda row: (list(claims).index(row["claim"]), row["model"]))
     with (folder / "_static" / "results.csv").open("w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(
+        rows_of = csv.writer(file, lineterminator="\n")
+        rows_of.writerow(
             ["claim", "model", "checkpoint", "fingerprint", "precision", "sampler", "measure",
              "measure_sha256", "value", "low", "high", "verdict", "prompts", "seeds", "draws",
              "states", "guidance", "versions"]
         )  # fmt: skip
         for row in found:
-            table.writerow([
+            rows_of.writerow([
                 row["claim"], row["model"], build_of(row)[0], row["fingerprint"], row["precision"],
                 row["sampler"], row["measure"], row["measure_sha256"],
                 *(f"{row[key]:.6g}" for key in ("value", "low", "high")), row["verdict"],
@@ -438,6 +483,20 @@ def write_ledger(root: Path, results: Path, folder: Path) -> None:
                 json.dumps(row["guidance"]).replace(",", " "),
                 "; ".join(f"{name} {version}" for name, version in row["versions"].items()),
             ])  # fmt: skip
+
+
+def read_rows(claims: dict, folder: Path) -> list[dict]:
+    """All rows of a results folder, the oldest first; what earlier versions left out filled in."""
+    files = sorted(folder.glob("*/*/*.json"), key=lambda f: (f.stat().st_mtime_ns, f))
+    rows = [json.loads(file.read_text()) for file in files]
+    rows = [row for row in rows if row["claim"] in claims]
+    for row in rows:
+        if "@" in row["fingerprint"].split()[0]:  # of the Hub, and no folder that is called so
+            row["model"] = ALIASES.get(row["model"], row["model"])
+        row.setdefault("measure", "sscd" if claims[row["claim"]].get("score") else "")
+        row.setdefault("measure_sha256", "")
+        row.setdefault("precision", "")
+    return rows
 
 
 def build_of(row: dict) -> tuple[str, str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -181,6 +182,67 @@ def test_the_same_run_gives_the_same_bytes(root):
     path.with_suffix(".json").unlink()
     assert execute(root, assignments="seeds=3") == ["one"]
     assert path.read_bytes() == first
+
+
+FIGURE = ":mystnb:\n:  figure:\n:    name: fig-one\n:    caption: Points.\n"
+PLOT = (
+    FRONT
+    + CELL.format(
+        "import os, sys\nimport matplotlib.pyplot as plt\n"
+        "print(sys.executable, plt.rcParams['text.usetex'], plt.rcParams['lines.linewidth'])"
+    )
+    + CELL.format(FIGURE + "plt.plot([1, 2])\nif CLOSED:\n    plt.close()")
+)
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    """What a user's or a cluster's environment may hold against the figures of a chapter."""
+    place = tmp_path / "hostile"
+    for name, text in {
+        "matplotlibrc": "text.usetex: True\nlines.linewidth: 9\nbackend: pdf\n",
+        "startup.py": "raise SystemExit('of the user')\n",
+        "ipython/profile_default/startup/1.py": "__import__('matplotlib').use('pdf')\n",
+        "ipython/profile_default/ipython_kernel_config.py":
+            "c.InlineBackend.figure_formats = {'svg'}\n",
+        "jupyter/kernels/python3/kernel.json": json.dumps(
+            {"argv": ["/bin/false", "{connection_file}"], "display_name": "3", "language": "python"}
+        ),
+    }.items():  # fmt: skip
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    for name, value in {
+        "MPLBACKEND": "Agg", "MATPLOTLIBRC": place / "matplotlibrc", "MPLCONFIGDIR": place,
+        "PYTHONSTARTUP": place / "startup.py", "IPYTHONDIR": place / "ipython",
+        "JUPYTER_PATH": place / "jupyter",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.usefixtures("hostile")
+def test_chapters_run_in_this_python_and_show_their_figures(root):
+    (root / "book/one.md").write_text(PLOT.replace("CLOSED", "False"))
+    assert execute(root) == ["one", "two"]
+    assert outputs(root, "one") == f"{sys.executable} False 1.5\n"
+    page = nbformat.read(root / "_build/full/executed/one.ipynb", as_version=4)
+    assert "image/png" in page.cells[-1].outputs[-1].data
+
+
+def test_a_chapter_without_its_figure_is_not_done(root):
+    """Neither now nor when it is found among what an earlier build has kept."""
+    (root / "book/one.md").write_text(PLOT.replace("CLOSED", "False"))
+    execute(root)
+    path = root / "_build/full/executed/one.ipynb"
+    page = nbformat.read(path, as_version=4)
+    page.cells[-1].outputs = []
+    nbformat.write(page, path)
+    assert execute(root) == ["one"]
+    assert execute(root) == []
+    before = path.read_bytes()
+    (root / "book/one.md").write_text(PLOT.replace("CLOSED", "True"))
+    with pytest.raises(book.BookError, match=r"^chapter 'one': .* 'fig-one' left no picture$"):
+        execute(root)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
