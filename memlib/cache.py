@@ -59,7 +59,7 @@ def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **
     folder = cache_folder() / f"{own}-{where}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        anywhere = "*" if "@" in model.fingerprint else where
+        anywhere = "" if _of_hub(model) else where
         known = [f for name in (own, shared) for f in folder.parent.glob(f"{name}-{anywhere}*")]
         known = sorted((f for f in known if f.is_dir()), key=lambda f: -f.stat().st_mtime)
         for candidate in (folder, *(f for f in known if f != folder)):
@@ -96,7 +96,7 @@ def card_file(name: str) -> Path:
 
 def leave_card(model) -> None:
     """Describe a Hub model in the cache, so that the book is built without its weights."""
-    if "@" not in model.fingerprint:
+    if not _of_hub(model):
         return
     card = {
         "source": model.source,
@@ -111,6 +111,10 @@ def leave_card(model) -> None:
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(card, indent=1))
     os.replace(partial, file)
+
+
+def _of_hub(model) -> bool:
+    return "@" in model.fingerprint.split()[0]  # repository@commit; a VAE's may follow
 
 
 def _names(function, agreed: dict, asked: list, model) -> tuple[str, str, str]:

@@ -21,7 +21,7 @@ import pandas as pd
 import xarray as xr
 from scipy import stats
 
-from memlib.checkpoints import ALIASES
+from memlib.book import read_rows
 from memlib.errors import nearest
 
 CLAIMS: dict[str, dict] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
@@ -155,24 +155,9 @@ def table(rows: list[dict | None]) -> pd.DataFrame:
     return pd.DataFrame(shown, columns=columns).set_index("claim")
 
 
-def read_rows(folder: str | Path = RESULTS) -> list[dict]:
-    """All rows of a results folder, the oldest first; what earlier versions left out filled in."""
-    files = sorted(Path(folder).glob("*/*/*.json"), key=lambda f: (f.stat().st_mtime_ns, f))
-    rows = [json.loads(file.read_text()) for file in files]
-    rows = [row for row in rows if row["claim"] in CLAIMS]
-    for row in rows:
-        if "@" in row["fingerprint"].split()[0]:  # of the Hub, and no folder that is called so
-            row["model"] = ALIASES.get(row["model"], row["model"])
-        row.setdefault("measure", "sscd" if CLAIMS[row["claim"]].get("score") else "")
-        row.setdefault("measure_sha256", "")
-        row.setdefault("precision", "")
-    return rows
-
-
 def read(folder: str | Path = RESULTS) -> pd.DataFrame:
     """All rows that runs have left in a results folder, in the order of the ledger."""
     order = list(CLAIMS)
     key = ("model", "sampler", "measure")
-    return pd.DataFrame(
-        sorted(read_rows(folder), key=lambda r: (order.index(r["claim"]), *(r[k] for k in key)))
-    )
+    rows = read_rows(CLAIMS, Path(folder))
+    return pd.DataFrame(sorted(rows, key=lambda r: (order.index(r["claim"]), *(r[k] for k in key))))

@@ -156,7 +156,7 @@ def test_what_is_in_a_fingerprint_is_kept(tmp_path, monkeypatch, numbers):
         "lab": "a" * 12, "./lab": f"{'b' * 12} vae {'c' * 12}", "./sd14": "d" * 12,
         "realvis14": f"{REALVIS}@{'e' * 40} {FILE}",
     }  # fmt: skip
-    titles = [book.build_of(row)[0] for row in claims.read_rows()]
+    titles = [book.build_of(row)[0] for row in book.read_rows(claims.CLAIMS, claims.RESULTS)]
     assert titles == ["the lab", "./lab", "./sd14", "Realistic Vision V1.4"]
 
 
