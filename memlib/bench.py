@@ -2,10 +2,12 @@
 
     python -m memlib.bench                              # everything, half an hour
     python -m memlib.bench --only recording --rounds 3  # a part
+    python -m memlib.bench --only gpu                   # on a card, five minutes; else a rehearsal
 
 Ways that are compared alternate within one run and change their order from round to round, so
 that a drifting machine favours neither; memory is measured in processes of its own. The results
-go into ``data/bench.json``, which the chapter *Cost and scale* shows.
+go into ``data/bench.json``, which the chapter *Cost and scale* shows. The section *gpu* is part of
+them only where it ran on a card.
 """
 
 from __future__ import annotations
@@ -38,7 +40,14 @@ from memlib import claims, cost
 from memlib.answers import unwrapped
 from memlib.gram import VECTORS
 from memlib.record import Job, Processes, cores, identity
-from memlib.sample import _contract, _pair_distances, reverse_trace
+from memlib.sample import (
+    _contract,
+    _pair_distances,
+    guidance_values,
+    reverse_trace,
+    sample,
+    sample_trace,
+)
 from memlib.schedule import (
     SAMPLERS,
     ddpm_noise_coefficients,
@@ -51,6 +60,7 @@ from memlib.store import Run, prompt_rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "data" / "bench.json"
 FIRSTS = (1, 2, 3, 5, 8, 10, 15, 20, 25, 30, 40)  # states that D1 is summed over, in parts
+T4 = int(15e9)  # bytes of a T4 that are free
 GRID = dict(prompts=436, seeds=50, steps=50)  # the paper's, for one model, sampler and scale
 
 
@@ -394,7 +404,10 @@ def _invented_vectors(load: Workload, rounds: int, shape: tuple, prompts: int) -
         gram = _contract(kept | {"noise": noise}, torch.stack([targets[-1]] * count))
         values = {
             "gram": (("seed", "step", "vec", "vec_"), gram),
-            "pair_distance": (("step", "seed", "seed_"), _pair_distances(kept["x_t"])),
+            "pair_distance": (
+                ("step", "seed", "seed_"),
+                _pair_distances(list(kept["x_t"].unbind(1))),
+            ),
             "severity": (("seed",), np.zeros(count)),
             "rescued": (("seed",), np.zeros(count, np.uint8)),
         }
@@ -558,14 +571,12 @@ def synthetic(
     pairs = memlib.load_pairs("lab").iloc[[0] * prompts].reset_index(drop=True)
     pairs["prompt_id"] = [f"p{n}" for n in range(prompts)]
     settings = dict(seeds=range(seeds), steps=steps, images=False, sampler=sampler, severity="ncc")
-    agreed, values = identity(reverse_trace, lab, pairs, settings)
+    agreed, _ = identity(reverse_trace, lab, pairs, settings)
     template = reverse_trace(lab, pairs.iloc[:0], **settings)
     run, rng, wrote = Run(address), np.random.default_rng(0), 0.0
     piece = piece or (lambda template, _: _invented(template, seeds, sampler, rng))
     with run.work():
-        run.open_plan(
-            agreed, prompt_rows(pairs), list(range(seeds)), values["batch_size"], template
-        )
+        run.open_plan(agreed, prompt_rows(pairs), list(range(seeds)), 20, template)
         for task in tqdm(run.tasks(), desc="synthetic", leave=False, disable=None):
             for p in task.prompts:
                 values = piece(template, p)
@@ -681,6 +692,178 @@ def analysis(model: str, rounds: int) -> dict:
     return found
 
 
+# --- on a card ----------------------------------------------------------------------------------
+
+
+def random_pipeline(device: torch.device, precision: str, small: bool):
+    """Stable Diffusion v1.4's architecture with random weights, made on the device.
+
+    `small` keeps the kinds of its parts and their order, for a rehearsal on a CPU.
+    """
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    lab, width = unwrapped(memlib.load("lab", device="cpu")), 64 if small else 768
+    side, options = cost.UNETS["sd14"]
+    options = options | {"cross_attention_dim": width}
+    if small:
+        side, options = 8, options | {"block_out_channels": (64,) * 4, "layers_per_block": 1}
+    widths = (32,) * 4 if small else (128, 256, 512, 512)
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet = UNet2DConditionModel(sample_size=side, **options)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=widths, layers_per_block=2, scaling_factor=0.18215,
+        )  # fmt: skip
+        text = CLIPTextModel(CLIPTextConfig(
+            hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64,
+            num_hidden_layers=2 if small else 12,
+        ))  # fmt: skip
+    tokenizer = type(lab.pipe.tokenizer).from_pretrained(
+        memlib.models.LAB / "tokenizer", model_max_length=77
+    )
+    parts = {"unet": unet, "vae": vae, "text_encoder": text}
+    for part in parts.values():
+        torch.nn.Module.to(part.eval(), getattr(torch, precision))
+    pipe = StableDiffusionPipeline(
+        **parts, tokenizer=tokenizer, scheduler=SAMPLERS["ddim"].from_config(lab.scheduler_config),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class OnCard:
+    """The same prompts by diffusers' pipeline in half precision, and by ours in all its ways."""
+
+    def __init__(self, device: torch.device, small: bool):
+        precision = "float32" if small else "float16"
+        self.seeds, self.steps = (range(2), 2) if small else (range(10), 50)
+        self.pipe = random_pipeline(device, "float32", small)
+        self.model = memlib.models.DiffusersModel(self.pipe, "sd14-random", "random", precision)
+        self.pairs = memlib.load_pairs("lab").iloc[: 4 if small else 8]
+        self.folder, self.compile = Path(tempfile.mkdtemp(prefix="memlib-bench-")), not small
+        self.device, self.small, self.plain_pipe = device, small, None
+
+    def recorded(self, batch: int, images: bool = True, prompts: int | None = None) -> float:
+        """Seconds to record everything on disk."""
+        shutil.rmtree(self.folder / "run", ignore_errors=True)
+        start = time.perf_counter()
+        memlib.record(
+            reverse_trace, self.model, self.pairs.iloc[:prompts], address=self.folder / "run",
+            seeds=self.seeds, steps=self.steps, severity=None, images=images, batch_size=batch,
+            compile=self.compile, workers=1, progress=False, strict=True,
+        )  # fmt: skip
+        return time.perf_counter() - start
+
+    def plain(self, batch: int, steps: int | None = None) -> float:
+        """Seconds of diffusers' pipeline for a batch, in the precision of its users."""
+        precision = "float32" if self.small else "float16"
+        self.plain_pipe = self.plain_pipe or random_pipeline(self.device, precision, self.small)
+        captions, seeds = self.batch(batch)
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        start = time.perf_counter()
+        self.plain_pipe(captions, num_inference_steps=steps or self.steps, generator=generators,
+                        output_type="np")  # fmt: skip
+        return time.perf_counter() - start
+
+    def batch(self, batch: int) -> tuple[list[str], list[int]]:
+        work = [(c, s) for c in self.pairs.caption for s in self.seeds] * batch
+        captions, seeds = zip(*work[:batch], strict=True)
+        return list(captions), list(seeds)
+
+    def sampled(self, batch: int) -> tuple[float, float]:
+        """Seconds of a batch's loop alone, and with all that is recorded of it, in memory."""
+        captions, seeds = self.batch(batch)
+        rows = self.pairs.iloc[: max(1, batch // len(self.seeds))]
+        guidance = guidance_values(7.5, self.steps)
+        scheduler = make_scheduler(self.model.scheduler_config, "ddim", self.steps)
+        start = time.perf_counter()
+        with self.model.compiling() if self.compile else contextlib.nullcontext():
+            sample(self.model, captions, seeds, scheduler, guidance)["x_t"][-1].cpu()
+        alone, start = time.perf_counter() - start, time.perf_counter()
+        sample_trace(self.model, rows, self.seeds, 7.5, "ddim", self.steps, None, False, batch,
+                     False, self.compile)  # fmt: skip
+        return alone, time.perf_counter() - start
+
+    def compiled(self, batch: int) -> float:
+        """Seconds to compile for a batch."""
+        if not self.compile:
+            return 0.0
+        x = torch.randn(2 * batch, *self.model.latent_shape, device=self.device)
+        text = torch.cat(self.model.encode_text([""] * batch))
+        start = time.perf_counter()
+        with self.model.compiling():
+            self.model.predict(x, torch.tensor(500), text).cpu()
+        if self.model._network is self.model.unet:
+            raise RuntimeError("the network does not compile here: see the warning above")
+        return time.perf_counter() - start
+
+
+def small_card(load: OnCard) -> dict:
+    """The default batch of a T4 and the memory it takes, on a larger card, without compiling."""
+    if load.small:
+        return {"batch": 4, "peak GB": float("nan")}
+    whole = torch.cuda.mem_get_info(load.device)[0] + torch.cuda.memory_allocated(load.device)
+    found = cost.trial(load.model, load.steps, len(load.seeds), beside=max(0, whole - T4))
+    load.model.together = found.together
+    batch = cost.equal_batches(found.batch, len(load.seeds))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(load.device)
+    load.compile = False
+    load.recorded(batch, prompts=max(1, 2 * batch // len(load.seeds)))
+    load.compile = True
+    found = {"batch": batch, "together": found.together}
+    return found | {"peak GB": torch.cuda.max_memory_reserved(load.device) / 1e9}
+
+
+def gpu(rounds: int) -> dict:
+    """Ours and diffusers' own pipeline on a card: SD v1.4's architecture, random weights."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    load = OnCard(device, small=device.type == "cpu")
+    found: dict = {"on a card": not load.small, "images": len(load.pairs) * len(load.seeds)}
+    found["as on a T4"] = small_card(load)
+    batch, _ = cost.decide(
+        load.model, "reverse", 4 if load.small else None, False, 10**6, len(load.seeds), load.steps
+    )
+    found |= {"batch": batch, "compile s": load.compiled(batch)}
+    for size in (others := sorted({batch // 2, batch})):
+        load.plain(size, 2)  # what is done once is not timed
+    count = found["images"]
+    ways = {f"diffusers, {n} at once": lambda n=n: n / load.plain(n) for n in others}
+    ways["ours"] = lambda: count / load.recorded(batch)
+    ways["ours, without pictures"] = lambda: count / load.recorded(batch, False)
+    rates: dict = {way: [] for way in ways}
+    shares = []
+    for n in range(min(2, rounds)):
+        for way in list(ways) if n % 2 == 0 else reversed(ways):
+            rates[way].append(ways[way]())
+        alone, whole = load.sampled(batch)
+        shares.append(whole / alone)
+    shutil.rmtree(load.folder)
+    found["images a second"] = {name: statistics.median(values) for name, values in rates.items()}
+    return found | summary(load, found["images a second"], statistics.median(shares))
+
+
+def summary(load: OnCard, rate: dict, recording: float) -> dict:
+    """The ratios that have a goal."""
+    best = max(value for name, value in rate.items() if name.startswith("diffusers"))
+    name = torch.cuda.get_device_name() if not load.small else ""
+    card = next((c for c in cost.CARDS if c.name in name), None)
+    unet = load.model.unet
+    with torch.device("meta"):
+        empty = type(unet).from_config(unet.config)
+        x = torch.empty(1, *load.model.latent_shape)
+        flops = cost.count_flops(empty, x, torch.empty(1, 77, unet.config.cross_attention_dim))
+    done = 2 * load.steps * flops * rate["ours, without pictures"]
+    return {
+        "ratio": rate["ours"] / best, "operations a second": done,
+        "share of the peak": done / card.peak if card else float("nan"),
+        "recording": recording, "decoding": rate["ours, without pictures"] / rate["ours"],
+    }  # fmt: skip
+
+
 def measured(function: str, *arguments):
     """`function(*arguments)` of this module in a process of its own."""
     code = f"from memlib.bench import *; print(json.dumps({function}(*{arguments!r})))"
@@ -714,10 +897,19 @@ GOALS = {  # of the design: path in the results, sign, limit
 }
 
 
-def goals(results: dict) -> pd.DataFrame:
+GPU_GOALS = {
+    "ours / diffusers, images a second": (("gpu", "ratio"), "≥", 1.35),
+    "share of the dense peak": (("gpu", "share of the peak"), "≥", 0.38),
+    "recording / sampling alone": (("gpu", "recording"), "≤", 1.02),
+    "with pictures / without": (("gpu", "decoding"), "≤", 1.05),
+    "a T4's batch: peak memory, GB": (("gpu", "as on a T4", "peak GB"), "≤", T4 / 1e9),
+}
+
+
+def goals(results: dict, wanted: dict = GOALS) -> pd.DataFrame:
     """Each goal of the design with what was measured: a median, whose seconds, over which range."""
     rows = []
-    for name, (path, sign, limit) in GOALS.items():
+    for name, (path, sign, limit) in wanted.items():
         *folder, key = path
         part = results
         for step in folder:
@@ -737,7 +929,7 @@ def goals(results: dict) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--only", nargs="+", choices=(*SECTIONS, "gpu"), default=[*SECTIONS, "gpu"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default="lab")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -748,16 +940,32 @@ def main() -> None:
     results["machine"], results["model"] = machine(), options.model
     print(", ".join(f"{k}: {v}" for k, v in results["machine"].items()))
     for name in options.only:
+        if name == "gpu" and not torch.cuda.is_available() and options.only != ["gpu"]:
+            print("\ngpu: not run, torch finds no GPU here")
+            continue
         start = time.perf_counter()
-        results[name] = SECTIONS[name](options.model, options.rounds)
-        results[name]["threads"] = torch.get_num_threads()
+        section = SECTIONS.get(name)
+        found = section(options.model, options.rounds) if section else gpu(options.rounds)
+        results[name] = found | {"threads": torch.get_num_threads()}
         results[name]["took s"] = time.perf_counter() - start
-        unfinished = options.out.with_suffix(".partial")
-        unfinished.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(unfinished, options.out)
-        print(f"\n{name}: {SECTIONS[name].__doc__}")
+        if name != "gpu" or found["on a card"]:
+            write(results, options.out)
+        print(f"\n{name}: {(section or gpu).__doc__}")
         print(json.dumps(results[name], indent=1))
     print("\n" + goals(results).to_string(index=False, float_format="{:.3f}".format))
+    if "gpu" in results:
+        if not results["gpu"]["on a card"]:
+            print(
+                "\na rehearsal on a CPU with a small network: it was not written and does not count"
+            )
+        print("\n" + goals(results, GPU_GOALS).to_string(index=False, float_format="{:.3f}".format))
+
+
+def write(results: dict, target: Path) -> None:
+    """The results into their file, as a whole or not at all."""
+    unfinished = target.with_suffix(".partial")
+    unfinished.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(unfinished, target)
 
 
 if __name__ == "__main__":

@@ -113,12 +113,13 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
     kept["x_t"] = x.new_empty((len(alpha_bar), *x.shape))
     kept["noise"] = torch.zeros_like(kept["x_t"] if stochastic else x).expand_as(kept["x_t"])
     kept["x_t"][0] = x
+    times = scheduler.timesteps.to(model.device)  # at once: each one alone would wait for the GPU
     for i, t in enumerate(scheduler.timesteps):
         if unguided:
-            out_uncond, out_cond = model.predict(x, t, uncond), model.predict(x, t, cond)
-            out = out_cond
+            out_uncond = model.predict(x, times[i], uncond)
+            out = out_cond = model.predict(x, times[i], cond)
         else:
-            out_uncond, out_cond = model.predict(torch.cat([x, x]), t, both).chunk(2)
+            out_uncond, out_cond = model.predict(torch.cat([x, x]), times[i], both).chunk(2)
             out = out_uncond + guidance[i] * (out_cond - out_uncond)
         kept["eps_uncond"][i] = model.to_epsilon(out_uncond, x, alpha_bar[i])
         kept["eps_cond"][i] = model.to_epsilon(out_cond, x, alpha_bar[i])

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 import memlib
 from memlib import bench
@@ -69,3 +70,39 @@ def test_the_shipped_measurements_are_whole():
     assert set(bench.SECTIONS) <= set(results)
     assert len(bench.goals(results)) == len(bench.GOALS)
     assert results["machine"]["cores"] >= 2
+
+
+def test_the_section_on_a_card_is_rehearsed(tmp_path, capsys, monkeypatch):
+    """With a small network on a CPU: the program runs to its table, and nothing is written."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr("sys.argv", ["bench", "--only", "gpu", "--out", str(tmp_path / "b.json")])
+    bench.main()
+    out = capsys.readouterr().out
+    assert "it was not written and does not count" in out
+    for name in bench.GPU_GOALS:
+        assert name in out
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_without_a_card_the_section_is_not_run(tmp_path, capsys, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = ["bench", "--only", "quick", "gpu", "--out", str(tmp_path / "b.json")]
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setitem(bench.SECTIONS, "quick", lambda *_: {"done": 1})
+    bench.SECTIONS["quick"].__doc__ = "Nothing."
+    bench.main()
+    assert "gpu: not run, torch finds no GPU here" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "b.json").read_text())) == {"machine", "model", "quick"}
+
+
+def test_the_goals_of_a_card():
+    rate = {"diffusers, 40 at once": 3.0, "ours": 4.2, "ours, without pictures": 4.3}
+    load = bench.OnCard(torch.device("cpu"), small=True)
+    found = bench.summary(load, rate, 1.01) | {"share of the peak": 0.39}
+    assert found["operations a second"] > 0
+    table = bench.goals({"gpu": found}, bench.GPU_GOALS).set_index("quantity")
+    assert (table.met == "yes").all()
+    assert len(table) == 4  # the T4's part was not measured
+    shutil.rmtree(load.folder)

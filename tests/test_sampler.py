@@ -18,9 +18,9 @@ def lab():
     return memlib.load("lab")
 
 
-def pipeline_latents(lab, captions, seeds, sampler, guidance_scale, steps):
+def pipeline_latents(lab, captions, seeds, sampler, guidance_scale, steps, pipe=None):
     """The independent path: diffusers' pipeline from the folder, with its own scheduler."""
-    pipe = StableDiffusionPipeline.from_pretrained(memlib.models.LAB)
+    pipe = pipe or StableDiffusionPipeline.from_pretrained(memlib.models.LAB)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = SCHEDULERS[sampler].from_config(pipe.scheduler.config)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
