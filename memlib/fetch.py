@@ -361,11 +361,11 @@ def _one_for_many(
     folder: Path, rows: dict[str, dict], todo: dict[str, list[str]], groups: dict
 ) -> dict[str, list[str]]:
     """Set aside one picture that came for many items; the addresses that are left to try."""
-    seen = {
-        stem: (row["sha256"], row["url"] or (todo.get(stem) or [stem])[0], groups.get(stem))
-        for stem, row in rows.items()
-        if row["sha256"] and (row["file"] or row["reason"].startswith(SHARED))
-    }
+    seen = {}
+    for stem in [*todo, *(stem for stem in rows if stem not in todo)]:
+        row, address = rows[stem], (todo.get(stem) or [stem])[0]
+        if row["sha256"] and (row["file"] or row["reason"].startswith(SHARED)):
+            seen[stem] = (row["sha256"], row["url"] or address, groups.get(stem))
     left = {}
     for stem, (others, placeholder) in one_for_many(seen).items():
         row = rows[stem]
