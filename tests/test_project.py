@@ -117,6 +117,7 @@ def test_make_alone_lists_the_targets():
 
 # Making the environment: the real Makefile with a made-up Python.
 FAKE_PYTHON = """#!/bin/sh
+echo "${{PYTHONPATH-none}}" >seen
 case "$*" in
   -c*) exit {old} ;;
   -V) echo "Python 3.8.1" ;;
@@ -152,6 +153,12 @@ def test_an_environment_is_made_once(make):
     assert first.returncode == 0, first.stderr
     assert "making the environment" in first.stdout
     assert make().stdout == ""
+
+
+def test_packages_of_elsewhere_are_not_seen(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
+    assert make().returncode == 0
+    assert (tmp_path / "seen").read_text() == "none\n"
 
 
 def test_an_old_python_is_told_in_one_line(make, tmp_path):
