@@ -266,7 +266,7 @@ def test_predictions_that_are_not_finite_are_refused(branch, monkeypatch):
 def test_samplers_that_would_be_misread_are_refused():
     config = dict(memlib.models.stable_diffusion_schedule())
     config.pop("_use_default_values", None)  # else diffusers puts defaults in their place
-    with pytest.raises(ValueError, match="use 'leading'"):
+    with pytest.raises(ValueError, match="with timestep_spacing='leading'"):
         schedule.make_scheduler({**config, "timestep_spacing": "linspace"}, "ddim", 50)
     with pytest.raises(ValueError, match="only 'fixed_small'"):
         schedule.make_scheduler({**config, "variance_type": "learned"}, "ddpm", 50)
