@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 from memlib.checkpoints import ALIASES, CHECKPOINTS
@@ -22,7 +23,12 @@ def trace(options) -> int:
     import memlib
     from memlib import cache
 
-    model = memlib.load(options.model, options.device, options.dtype, options.revision)
+    if options.out and not options.out.resolve().parent.is_dir():
+        raise ValueError(f"no folder {options.out.parent} for --out: make it first")
+    model = memlib.load(
+        options.model, options.device, options.dtype, options.revision, options.vae,
+        options.config, options.timestep_spacing,
+    )  # fmt: skip
     pairs = memlib.load_pairs(options.pairs or default_pairs(options.model), options.images)
     if options.only_with_images:
         pairs = pairs[pairs.image != ""]
@@ -289,6 +295,9 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("trace", help=trace.__doc__, description=trace.__doc__)
     p.add_argument("--model", default="lab", help=NAMES)
     p.add_argument("--revision", help="of a Hub model, instead of the pinned one")
+    p.add_argument("--vae", help="a Hub id, folder or .safetensors file instead of the model's")
+    p.add_argument("--config", help="of one .safetensors file: sd14, sd21, sd21-base or a folder")
+    p.add_argument("--timestep-spacing", help="leading, trailing or linspace")
     p.add_argument("--pairs", help=f"{LISTS}; by default the model's own")
     p.add_argument(
         "--images", type=Path, help="folder of training images, named by prompt or index"
@@ -348,6 +357,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a wrong input or a full disk is one line, not a traceback."""
     options = parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         return globals()[options.command](options) or 0
     except KeyboardInterrupt:

@@ -71,7 +71,20 @@ class DiffusersModel:
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of the captions and of as many empty captions, [prompt, token, width]."""
-        return self.pipe.encode_prompt(list(captions), self.device, 1, True)[:2]
+        with checkpoints.quiet():  # `tokens_cut` tells of long captions
+            return self.pipe.encode_prompt(list(captions), self.device, 1, True)[:2]
+
+    def read(self, captions: Sequence[str]) -> list[tuple[int, ...]]:
+        """The tokens of each caption that the text encoder is given, end and padding left out."""
+        tokenizer = self.pipe.tokenizer
+        found = tokenizer(list(captions), truncation=True, max_length=tokenizer.model_max_length)
+        return [tuple(tokens) for tokens in found.input_ids]
+
+    def tokens_cut(self, captions: Sequence[str]) -> np.ndarray:
+        """How many tokens of each caption are not read, for want of places, [prompt]."""
+        with checkpoints.quiet():
+            whole = self.pipe.tokenizer(list(captions)).input_ids if len(captions) else []
+        return np.array([max(0, len(t) - self.pipe.tokenizer.model_max_length) for t in whole], int)
 
     @torch.no_grad()
     def predict(

@@ -31,7 +31,15 @@ import xarray as xr
 from memlib import cost
 from memlib.answers import unwrapped
 from memlib.errors import first_line, nearest
-from memlib.sample import guidance_values, progress_bar, reverse_trace, sample_trace, score
+from memlib.sample import (
+    guidance_values,
+    progress_bar,
+    reverse_trace,
+    sample_trace,
+    score,
+    tell_of_long_captions,
+)
+from memlib.severity import OFFICIAL, PREPROCESSING
 from memlib.store import Run, StoreError, Task, prompt_rows
 
 ENGINES = ("local", "ray")
@@ -99,15 +107,15 @@ class Job:
             settings |= {"severity": None, "images": True}
         if self.function is not reverse_trace:
             trace = self.function(model, rows, **settings)
-            return lambda: self._score(trace, rows)
+            return lambda: self._score(trace, rows, model)
         bound = inspect.signature(reverse_trace).bind(model, rows, **settings)
         bound.apply_defaults()
         sampled = sample_trace(**bound.arguments)
-        return lambda: self._score(sampled.finish(), rows)
+        return lambda: self._score(sampled.finish(), rows, model)
 
-    def _score(self, trace: xr.Dataset, rows: pd.DataFrame) -> xr.Dataset:
+    def _score(self, trace: xr.Dataset, rows: pd.DataFrame, model) -> xr.Dataset:
         if measure := self.settings.get("severity"):
-            trace = score(trace, rows, measure)
+            trace = score(trace, rows, measure, model.device)
             if not self.settings["images"]:
                 trace = trace.drop_vars("image", errors="ignore")
         return trace
@@ -490,6 +498,8 @@ def identity(function: Callable, model, pairs: pd.DataFrame, settings: dict) -> 
     scheduler = json.dumps(model.scheduler_config, default=str, sort_keys=True)
     known = {"source": model.source, "fingerprint": model.fingerprint}
     known |= {"precision": model.precision, "scheduler": scheduler}
+    if (measure := values.get("severity")) in PREPROCESSING:  # another file is another score
+        known["score"] = OFFICIAL[PREPROCESSING[measure][0]].trusted
     whole = {"function": function.__name__, "settings": fixed, "model": known}
     return json.loads(json.dumps(whole, default=_listed)), values
 
@@ -572,6 +582,7 @@ def record(
             elif p in files:
                 todo.setdefault(task, []).append(p)
         if todo:
+            tell_of_long_captions(kernel, pairs)
             total = sum(_images(task) * len(wanted) for task, wanted in todo.items())
             with contextlib.ExitStack() as stack:
                 bar = _Progress(total, function.__name__.split("_")[0], progress)

@@ -35,6 +35,7 @@ from memlib.severity import descriptor, provenance
 from memlib.severity import severity as similarity
 
 SCHEMA = "memlib-trace-1"
+CPU = torch.device("cpu")
 Guidance = float | int | Sequence[float] | Callable[[int], float]
 
 
@@ -264,7 +265,8 @@ def reverse_trace(
     -------
     Dataset: `gram` (prompt, seed, step, vec, vec_), `pair_distance` (prompt, step, seed, seed_),
     `severity` and `rescued` (prompt, seed), `image` (prompt, seed, y, x, rgb); `step` counts
-    states 0 ... steps. Where compiling was possible `compiled` (prompt, seed) says what was.
+    states 0 ... steps. `tokens_cut` (prompt, seed): tokens of a caption that is too long to be
+    read whole. Where compiling was possible `compiled` (prompt, seed) says what was.
 
     Raises
     ------
@@ -276,10 +278,27 @@ def reverse_trace(
     MemoryError
         One image alone does not fit into the device's memory.
     """
+    tell_of_long_captions(unwrapped(model), pairs)
     return sample_trace(
         model, pairs, seeds, guidance_scale, sampler, steps, severity, images, batch_size,
         progress, compile,
     ).finish()  # fmt: skip
+
+
+def tell_of_long_captions(model, pairs: pd.DataFrame) -> None:
+    """One warning for all captions that the text encoder does not read to their end."""
+    cut = model.tokens_cut(list(pairs.caption)) if hasattr(model, "tokens_cut") else np.zeros(0)
+    if not cut.any():
+        return
+    long = pairs[cut > 0]
+    read = pd.Series(model.read(list(long.caption)), long.prompt_id)
+    alike = list(read.index[read.duplicated(keep=False)])
+    text = f"{len(long)} of {len(pairs)} captions are longer than {model.source} reads"
+    text += f" and are cut ({', '.join(map(str, long.prompt_id[:3]))}{', …' * (len(long) > 3)})"
+    if alike:
+        text += f"; {len(alike)} of them are alike as far as it reads ({', '.join(alike[:3])}"
+        text += f"{', …' * (len(alike) > 3)}): they are one prompt, not several"
+    warnings.warn(text, stacklevel=3)
 
 
 @dataclass
@@ -324,7 +343,7 @@ class Sampled:
                         pictures[tuple(zip(*part, strict=True))] = decoded
             trace = trace.assign(image=(("prompt", "seed", "y", "x", "rgb"), pictures))
         if self.severity is not None:
-            trace = score(trace, self.pairs, self.severity)
+            trace = score(trace, self.pairs, self.severity, self.model.device)
         return trace if self.images else trace.drop_vars("image", errors="ignore")
 
     def _decode(self, part: list) -> np.ndarray:
@@ -422,6 +441,9 @@ def _empty_trace(model, pairs, seeds, scheduler, guidance, sampler) -> xr.Datase
     trace["guidance_scale"] = ("step", np.append(guidance, np.nan))
     # half precision could not do these
     trace["rescued"] = (("prompt", "seed"), np.zeros((len(pairs), seeds_), np.uint8))
+    if hasattr(model, "tokens_cut"):
+        cut = model.tokens_cut(list(pairs.caption)).astype(np.uint16)
+        trace["tokens_cut"] = (("prompt", "seed"), np.repeat(cut[:, None], seeds_, 1))
     setting = sorted({float(g) for g in guidance})
     trace.attrs = _attributes(model, "reverse", sampler) | {
         "guidance": setting[0] if len(setting) == 1 else [float(g) for g in guidance],
@@ -429,7 +451,7 @@ def _empty_trace(model, pairs, seeds, scheduler, guidance, sampler) -> xr.Datase
     return trace
 
 
-def score(trace: xr.Dataset, pairs: pd.DataFrame, measure: str) -> xr.Dataset:
+def score(trace: xr.Dataset, pairs: pd.DataFrame, measure: str, device=CPU) -> xr.Dataset:
     """The trace with `severity` (prompt, seed): how near each `image` is to the training image.
 
     NaN where there is no picture or no training image; its attributes name measure and network.
@@ -438,8 +460,11 @@ def score(trace: xr.Dataset, pairs: pd.DataFrame, measure: str) -> xr.Dataset:
     side = trace.sizes["y"] if "image" in trace else 0
     for p, file in enumerate(image_files(pairs) if side else []):
         if file:
-            scores[p] = similarity(trace.image.values[p], read_image(file, side), measure)
-    return trace.assign(severity=(("prompt", "seed"), scores, provenance(measure, side)))
+            target = read_image(file, side)
+            with _beside(device):
+                scores[p] = similarity(trace.image.values[p], target, measure, str(device))
+    note = provenance(measure, side, str(device))
+    return trace.assign(severity=(("prompt", "seed"), scores, note))
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ from memlib.errors import first_line, short
 
 SCHEMA = "memlib-run-1"
 PLAN, COPY = "plan.json", ".plan.json"
+NEWER = ("compiled", "tokens_cut")  # variables that runs without a list of them do not have
 COLUMNS = ("prompt_id", "caption", "kind", "multiplicity", "group")
 # Seeds in a chunk: as many as the run began with, within these; a picture is large.
 SEEDS, PICTURES = (10, 50), 10
@@ -596,10 +597,11 @@ def _extend(run: Run, plan: dict, rows: list[dict], seeds: list[int], batch_size
 def _as_begun(plan: dict, template: xr.Dataset) -> xr.Dataset:
     """The template with the variables that the run has had from its beginning.
 
-    Whether `compiled` is among them depends on the device; a run of an older memlib has none.
+    Whether `compiled` is among them depends on the device; a run of an older memlib has none of
+    the `NEWER` ones.
     """
     parts = [n for n, v in template.data_vars.items() if "prompt" in v.dims]
-    kept = plan.setdefault("parts", [n for n in parts if n != "compiled"])
+    kept = plan.setdefault("parts", [n for n in parts if n not in NEWER])
     if "compiled" in kept and "compiled" not in parts:
         template = template.assign(compiled=template.rescued)
     return template[[n for n in template.data_vars if n not in (*parts, "compiled")] + kept]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageCms
 
 import memlib
-from memlib import cache, fetch, models, severity
+from memlib import cache, cli, fetch, models, severity
 from memlib.models import ModelError
 from memlib.pairs import PairsError
 
@@ -519,3 +519,37 @@ def test_numbers_stay_text_where_they_are_names(tmp_path):
     assert list(found.prompt_id) == ["0001", "1"]
     assert list(found.caption) == ["12", "012"]
     assert found.multiplicity[0] == 3
+
+
+def test_captions_longer_than_the_model_reads(lab, tmp_path, capfd):
+    """One warning, and the trace says how much was not read; nothing of it on the terminal."""
+    long = "a red apple on a blue background near the old harbour " * 3
+    pairs = pd.DataFrame(
+        {"prompt_id": list("abc"), "caption": [f"{long} one", f"{long} two", "a red apple"]}
+    )
+    options = dict(seeds=[0, 1], steps=2, severity=None, images=False, progress=False)
+    pattern = (
+        r"2 of 3 captions are longer than lab reads .*\(a, b\); 2 of them are alike .*\(a, b\)"
+    )
+    with pytest.warns(UserWarning, match=pattern):
+        trace = memlib.reverse_trace(lab, pairs, **options)
+    limit = lab.pipe.tokenizer.model_max_length
+    whole = [len(lab.pipe.tokenizer(caption).input_ids) for caption in pairs.caption]
+    assert trace.tokens_cut.values.tolist() == [[max(0, n - limit)] * 2 for n in whole]
+    assert trace.tokens_cut.values[:, 0].tolist()[2] == 0 < trace.tokens_cut.values[0, 0]
+    np.testing.assert_array_equal(trace.gram[0], trace.gram[1])  # what is read is the same
+    with pytest.warns(UserWarning, match=pattern) as told:
+        memlib.record(
+            model=lab, pairs=pairs, address=tmp_path / "run",
+            **{k: v for k, v in options.items() if k != "progress"}, progress=False,
+        )  # fmt: skip
+    assert len(told) == 1
+    kept = memlib.open_run(tmp_path / "run").tokens_cut
+    np.testing.assert_array_equal(kept, trace.tokens_cut)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_table_without_a_place(tmp_path, capsys):
+    arguments = ["trace", "--prompts", "1", "--out", str(tmp_path / "nowhere" / "out.csv")]
+    assert cli.main(arguments) == 1
+    assert "make it first" in capsys.readouterr().err
