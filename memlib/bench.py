@@ -580,6 +580,9 @@ def synthetic(
         for task in tqdm(run.tasks(), desc="synthetic", leave=False, disable=None):
             for p in task.prompts:
                 values = piece(template, p)
+                for name, v in template.data_vars.items():  # what an invented piece has nothing of
+                    if v.dims == ("prompt", "seed") and name not in values:
+                        values[name] = ("seed", np.zeros(seeds, v.dtype))
                 start = time.perf_counter()
                 run.put(task, p, values)
                 wrote += time.perf_counter() - start
