@@ -497,6 +497,32 @@ def test_a_ray_cluster_that_loses_a_node(ray, lab, pairs, whole, tmp_path, monke
 
 
 @pytest.mark.slow
+def test_a_ray_actor_with_two_tasks(ray, lab, pairs, whole, tmp_path, monkeypatch):
+    """As on a GPU: one is finished while the next is sampled; lost with both, both are redone."""
+    most, lost = [], []
+
+    class Deep(OnRay):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.depth = 2
+
+        def submit(self, *arguments):
+            super().submit(*arguments)
+            most.append(max(self.hands.values()))
+            if most[-1] == 2 and not lost:
+                lost.extend(self.hands)
+                self.ray.kill(lost[0])
+
+    monkeypatch.setattr(record, "OnRay", Deep)
+    summary = memlib.record(
+        model=lab, pairs=pairs, address=tmp_path / "run", engine="ray", workers=1, **SMALL
+    )
+    assert max(most) == 2
+    assert (summary.done, summary.failed) == (PROMPTS, {})
+    same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
 def test_ray_from_the_command_line(ray, pairs, whole, tmp_path):
     """A cluster of this machine is started, and stopped; a wrong model is one line, not a loop."""
     with memlib_command(
