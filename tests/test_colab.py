@@ -80,8 +80,9 @@ def test_notebooks_from_nothing(tmp_path, monkeypatch):
 
     clone = empty / "how-diffusion-models-memorize"
     run(*pip, "pytest", "beartype")
-    names = "latents_equal or images_equal"
-    run(pip[0], "-m", "pytest", "-q", "tests/test_sampler.py", "-k", names, cwd=clone)
+    names = "latents_equal or images_equal or one_file_is_the_folder"
+    files = ("tests/test_sampler.py", "tests/test_loading.py")
+    run(pip[0], "-m", "pytest", "-q", *files, "-k", names, cwd=clone)
 
 
 @pytest.fixture

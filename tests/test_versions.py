@@ -60,8 +60,9 @@ def aged(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_oldest_versions_sample_like_diffusers(aged):
-    names = "latents_equal or images_equal"
-    assert "passed" in aged("-m", "pytest", "-q", "tests/test_sampler.py", "-k", names)
+    names = "latents_equal or images_equal or one_file_is_the_folder"
+    files = ("tests/test_sampler.py", "tests/test_loading.py")
+    assert "passed" in aged("-m", "pytest", "-q", *files, "-k", names)
 
 
 @pytest.mark.slow
