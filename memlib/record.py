@@ -124,6 +124,10 @@ class Job:
 # --- engines: submit a task, wait for results ---------------------------------------------------
 
 
+def _on_gpu(model) -> bool:
+    return model.device.type == "cuda"
+
+
 def _finish(rest: Callable[[], xr.Dataset], device: threading.Lock) -> xr.Dataset:
     """`rest()`, beside the next task; where that leaves it too little memory, after it."""
     with contextlib.suppress(MemoryError):
@@ -139,7 +143,7 @@ class Here:
     def __init__(self, job: Job, model):
         self.job, self.model = job, model
         self.waiting: list[tuple[Task, Future]] = []
-        self.depth = 1 if model.device.type == "cpu" else 2
+        self.depth = 2 if _on_gpu(model) else 1
         self.helper, self.device = ThreadPoolExecutor(1), threading.Lock()
 
     def room(self, left: int) -> bool:
@@ -193,7 +197,7 @@ def _serve(connection, job: Job) -> None:
         except Exception as error:
             answer(number, error)
 
-    overlap = ThreadPoolExecutor(1) if model.device.type != "cpu" else None
+    overlap = ThreadPoolExecutor(1) if _on_gpu(model) else None
     with contextlib.suppress(EOFError, OSError):
         while True:
             number, rows, seeds, batch_size = connection.recv()
@@ -565,7 +569,7 @@ def record(
     with run.work():
         batch, compile = values.get("batch_size"), values.get("compile", False)
         old = _old_plan(run, compile)
-        if batch is None and kernel.device.type == "cuda":  # all batches of a run are of one size
+        if batch is None and _on_gpu(kernel):  # all batches of a run are of one size
             batch = next((work["batch_size"] for work in old.get("work", [])), None)
         if batch is None and "batch_size" in values:
             batch, compile = sizes(None, compile, len(rows) * max(1, len(seeds)))
@@ -606,7 +610,7 @@ def _sizes(kernel, values: dict, seeds: list, others: int, batch_size, compile, 
 
     Workers of GPUs have copies of the weights of their own, one of them beside this process's.
     """
-    others = others if kernel.device.type == "cuda" else 0
+    others = others if _on_gpu(kernel) else 0
     parts = (kernel.unet, kernel.vae, kernel.pipe.text_encoder) if others else ()
     weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
     return cost.decide(

@@ -276,6 +276,28 @@ def test_a_run_says_which_images_were_compiled(lab, pairs, tmp_path, monkeypatch
     assert (tmp_path / "other" / "plan.json").read_bytes() == before
 
 
+def test_a_run_on_a_gpu_keeps_its_batch(lab, pairs, tmp_path, monkeypatch):
+    """Found out once, by the trial; what is added later is of the same size."""
+    one = dict(model=lab, pairs=pairs, address=tmp_path / "run") | SMALL
+    real, asked = cost.decide, []
+
+    def decide(model, direction, batch_size, *more, **rest):
+        asked.append(batch_size)
+        return (8, False) if "cuda" in asked else real(model, direction, batch_size, *more, **rest)
+
+    monkeypatch.setattr(record, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(cost, "decide", decide)
+    asked.append("cuda")
+    memlib.record(**one | {"seeds": [0, 1]})
+    assert asked[2] is None  # after the template
+    asked.clear()
+    memlib.record(**one)
+    assert set(asked[1:]) == {8}
+    plan = memlib.store.Run(tmp_path / "run").read_plan()
+    assert {work["batch_size"] for work in plan["work"]} == {8}
+    assert [len(work["prompts"]) for work in plan["work"]] == [3, 3]
+
+
 def test_the_command_line_compiles(lab, pairs, tmp_path, monkeypatch, capsys):
     shapes: list = []
     pretend(monkeypatch, shapes)
