@@ -410,6 +410,7 @@ def _invented_vectors(load: Workload, rounds: int, shape: tuple, prompts: int) -
             ),
             "severity": (("seed",), np.zeros(count)),
             "rescued": (("seed",), np.zeros(count, np.uint8)),
+            "tokens_cut": (("seed",), np.zeros(count, np.uint16)),
         }
         return xr.Dataset(values)
 
@@ -616,6 +617,7 @@ def _invented(template: xr.Dataset, seeds: int, sampler: str, rng) -> xr.Dataset
         "pair_distance": (("step", "seed", "seed_"), np.moveaxis(gap, -1, 0)),
         "severity": (("seed",), severity),
         "rescued": (("seed",), np.zeros(seeds, np.uint8)),
+        "tokens_cut": (("seed",), np.zeros(seeds, np.uint16)),
     }
     return xr.Dataset(values)
 

@@ -709,6 +709,7 @@ def test_bytes(lab, pairs, tmp_path, sampler):
             "gram": (("seed", "step", "vec", "vec_"), gram),
             "pair_distance": (("step", "seed", "seed_"), distance),
             "rescued": ("seed", np.zeros(seeds, np.uint8)),
+            "tokens_cut": ("seed", np.zeros(seeds, np.uint16)),
         },
         {"seed": range(seeds), "seed_": range(seeds)},
     )
