@@ -31,7 +31,6 @@ UNETS = {  # latent side, and what differs from diffusers' defaults; RealisticVi
         ),
     ),
 }  # fmt: skip
-BYTES = {"sd14": 4.3e9, "sd21": 5.2e9, "realvis": 4.6e9}  # a download in safetensors, about
 
 
 # Measured on an H200: SD v1.4's U-Net at full width, half precision, 40 latents, torch 2.11.
