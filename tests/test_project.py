@@ -58,6 +58,17 @@ def test_every_dependency_is_pinned_within_its_range():
         assert pins[canonical(requirement.name)] in requirement.specifier, requirement
 
 
+def test_what_colab_brings_is_admitted():
+    """All of it, torch included, by what the first cell of a notebook installs there."""
+    lines = (ROOT / "constraints-colab.txt").read_text().splitlines()
+    theirs = [Requirement(line) for line in lines if not line.startswith("#")]
+    needs = {canonical(n.name): n.specifier for n in map(Requirement, PROJECT["dependencies"])}
+    for pin in theirs:
+        version = str(pin.specifier).removeprefix("==")
+        assert version in needs.get(canonical(pin.name), SpecifierSet()), pin
+    assert {"torch", "numpy", "ipykernel"} <= {pin.name for pin in theirs}
+
+
 def test_what_is_installed_is_what_is_pinned():
     for pin in PINNED:
         try:
