@@ -396,6 +396,8 @@ def load(
         Unknown name, no such repository or revision, no access, no network, a folder or file that
         is no whole model or of a kind that is not supported; weights that are damaged, pickled,
         missing, or more than the networks take.
+    ImportError
+        diffusers or transformers cannot be used here; the message says what they lack.
     """
     if dtype not in (None, "float32", *HALF):
         raise ModelError(f"unknown dtype {dtype!r}{nearest(dtype, ('float32', *HALF))}")
@@ -406,6 +408,7 @@ def load(
     recipe |= {"device": device, "dtype": dtype, "revision": revision, "vae": vae and str(vae)}
     recipe |= {"config": config and str(config), "timestep_spacing": timestep_spacing}
     device = _device(device)
+    checkpoints.packages()
     if name == "exact":
         return _exact(recipe)
     known = checkpoints.checkpoint(str(name)) if name != "lab" else None
@@ -436,8 +439,6 @@ def load(
         raise ModelError(f"{name} does not fit into the GPU's memory: {_memory()}") from error
     except ModelError:
         raise
-    except ImportError as error:  # a package's fault, not the model's
-        raise ModelError(f"the packages here do not fit: {first_line(error)}") from error
     except checkpoints.BROKEN as error:
         path = place.file or place.folder
         where = f"{name}: the copy in {path}" if known else path

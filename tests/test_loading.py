@@ -1,7 +1,10 @@
 """Where weights come from: one file, half precision, and whatever is missing or too much."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -492,17 +495,26 @@ def test_no_lab(monkeypatch, tmp_path):
     refused("unknown model 'labb'", "labb")
 
 
-def test_a_package_that_does_not_fit(folders, monkeypatch):  # noqa: F811
-    """A broken torchvision is not the model's fault, and its reason is said."""
-
-    def broken(*_, **__):
-        raise RuntimeError(
-            "Failed to import diffusers.pipelines because of the following error (look up to see "
-            "its traceback):\noperator torchvision::nms does not exist"
-        ) from RuntimeError("operator torchvision::nms does not exist")
-
-    monkeypatch.setattr(checkpoints, "load_part", broken)
-    refused("operator torchvision::nms does not exist", folders("sd14"))
+def test_a_package_that_does_not_fit(tmp_path):
+    """A torchvision that does not fit torch is not the lab's fault, and its reason is said."""
+    broken = tmp_path / "torchvision"
+    broken.mkdir()
+    (broken / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    (tmp_path / "torchvision-0.29.1.dist-info").mkdir()
+    (tmp_path / "torchvision-0.29.1.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.29.1\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-P", "-m", "memlib.cli", "trace", "--prompts=1", "--seeds=1",
+         "--steps=1", "--severity=ncc"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "MEMLIB_CACHE": str(tmp_path / "cache")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last == "error: diffusers cannot be used here: operator torchvision::nms does not exist"
 
 
 # -------------------------------------------------------------------------------- from the Hub
