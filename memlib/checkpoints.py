@@ -27,6 +27,7 @@ ORIGINAL = {  # where a file in the original layout has them
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.",
 }
+INDEX = {"": "model_index.json", "vae": "config.json"}  # what a repository of its kind has
 BROKEN = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
 
@@ -168,14 +169,14 @@ def _check_class(name: str, index: Path) -> None:
     try:
         found = json.loads(index.read_text())
         kind, scheduler = str(found.get("_class_name")), str(found.get("scheduler"))
-        classes = {part: str((found.get(part) or ["", "none"])[1]) for part in PARTS}
+        classes = {part: (found.get(part) or [None, None])[1] for part in PARTS}
     except (ValueError, AttributeError, TypeError, IndexError) as error:
         raise ModelError(f"{name}: model_index.json cannot be read") from error
     if kind != "StableDiffusionPipeline" or "FlowMatch" in scheduler:
         kind = "a flow-matching model" if "FlowMatch" in scheduler else f"a {kind}"
         raise ModelError(f"{name} is {kind}; supported is a {SUPPORTED}")
     for part, wanted in PARTS.items():
-        if classes[part] != wanted:
+        if classes[part] not in (wanted, None if part == "vae" else wanted):
             raise ModelError(f"{name}: its {part} is {classes[part]}; supported is {wanted}")
 
 
@@ -242,11 +243,13 @@ def pipeline(place: Place, vae=None, half: bool = False):
         if place.file:
             pipe = _of_one_file(place, vae)
         else:
-            parts = {"unet": None, "text_encoder": None} | ({} if vae else {"vae": None})
-            parts = {part: load_part(place.folder / part, part, half) for part in parts}
-            parts |= {"vae": vae} if vae else {}
-            if place.sha256 and not half:
-                _check_sum(place)
+            parts = {"vae": vae} if vae else {}
+            parts |= {
+                part: load_part(place.folder / part, part, half)
+                for part in PARTS if part not in parts
+            }  # fmt: skip
+            if place.sha256 and not takes_half(place.folder / "unet", half):
+                _check_sum(place.folder / "unet/diffusion_pytorch_model.safetensors", place.sha256)
             pipe = StableDiffusionPipeline.from_pretrained(
                 place.folder, safety_checker=None, feature_extractor=None, local_files_only=True,
                 requires_safety_checker=False, **parts,
@@ -269,8 +272,7 @@ def load_part(folder: Path, part: str, half: bool = False):
         raise ModelError(
             f"{folder} cannot be loaded: it has no weights in safetensors format, {other}"
         )
-    full = [f for f in tensors if ".fp16." not in f]
-    options = {"variant": "fp16"} if len(full) < len(tensors) and (half or not full) else {}
+    options = {"variant": "fp16"} if takes_half(folder, half) else {}
     if part == "text_encoder":  # else its config may say to round what the file holds
         options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
     model, report = kind.from_pretrained(
@@ -278,6 +280,13 @@ def load_part(folder: Path, part: str, half: bool = False):
     )
     check(folder, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
     return model
+
+
+def takes_half(folder: Path, half: bool) -> bool:
+    """Whether a part is read from half-precision files: if asked for, or for want of others."""
+    tensors = [f.name for f in folder.glob("*.safetensors")]
+    fp16 = [name for name in tensors if ".fp16" in name]
+    return bool(fp16) and (half or len(fp16) == len(tensors))
 
 
 def check(where, missing, unexpected=(), mismatched=()) -> None:
@@ -296,12 +305,6 @@ def check(where, missing, unexpected=(), mismatched=()) -> None:
         lora = any(sign in str(key) for key in unexpected for sign in ("base_layer", "lora"))
         hint = ": it was saved with a LoRA that is not merged, merge it first" if lora else ""
         raise ModelError(f"{where}: {'; '.join(texts)}{hint}")
-
-
-def _check_sum(place: Place) -> None:
-    file = place.folder / "unet" / "diffusion_pytorch_model.safetensors"
-    if sha256(file) != place.sha256:
-        raise ModelError(f"{file} is not the published one (its sha256 differs): delete it")
 
 
 def _of_one_file(place: Place, vae):
@@ -407,41 +410,55 @@ def load_vae(vae: str | Path):
     """A VAE of its own and its fingerprint: a folder, a ``.safetensors`` file, or from the Hub."""
     from diffusers import AutoencoderKL
 
-    path, known = Path(vae), checkpoint(str(vae))
+    path, known = Path(vae), _vae(str(vae))
     if known:
-        revision = VAE_REVISION if known.repository == VAE and known.revision == "main" else ""
-        path = _fetch(replace(known, revision=revision or known.revision), half=False, part="vae")
+        path = _fetch(known, half=False, part="vae")
     try:
         with quiet():
             if path.is_file():
                 network = AutoencoderKL.from_single_file(
                     str(path), config=str(CONFIGS / "sd14"), subfolder="vae", local_files_only=True
                 )
-                check(path, [n for n, tensor in network.state_dict().items() if tensor.is_meta])
             else:
-                network = load_part(path, "vae", half=False)
+                network = load_part(path, "vae")
     except BROKEN as error:
-        raise ModelError(f"the VAE {path} cannot be loaded: {first_line(error)}") from error
+        empty = isinstance(error, NotImplementedError)  # a tensor that is not in the file
+        reason = "weights are missing" if empty else first_line(error)
+        raise ModelError(f"the VAE {path} cannot be loaded: {reason}") from error
     if not known:
         return network, sha256(path) if path.is_file() else hash_files(path)
-    file = path if path.is_file() else path / "diffusion_pytorch_model.safetensors"
-    if known.repository == VAE and revision and sha256(file) != VAE_SHA256:
+    if known.sha256:
+        _check_sum(path / "diffusion_pytorch_model.safetensors", known.sha256)
+    return network, f"{vae}@{_snapshot(path).name}"
+
+
+def _vae(name: str) -> Checkpoint | None:
+    """A VAE on the Hub, Stability AI's at the commit that is known."""
+    known = checkpoint(name)
+    if known and known.repository == VAE and known.revision in ("main", VAE_REVISION):
+        known = replace(known, revision=VAE_REVISION, sha256=VAE_SHA256 * (not known.file))
+    return known
+
+
+def _check_sum(file: Path, wanted: str) -> None:
+    if sha256(file) != wanted:
         raise ModelError(f"{file} is not the published one (its sha256 differs): delete it")
-    return network, f"{vae}@{_commit(path, known.repository)}"
 
 
 # --- the Hub --------------------------------------------------------------------------------------
 
 
-def on_hub(known: Checkpoint, half: bool) -> Place:
+def on_hub(known: Checkpoint, half: bool, own_vae: bool = True) -> Place:
     """The weights of a Hub model on this machine, downloaded where they are not there yet."""
-    path = _fetch(known, half)
-    stamp = f"{known.repository}@{_commit(path, known.repository)}"
+    path = _fetch(known, half, own_vae=own_vae)
+    root = _snapshot(path)
+    stamp = f"{known.repository}@{root.name}"
     if path.is_file():
-        file = path.relative_to(_snapshot(path, known.repository)).as_posix()
         config = _config(path, known.config or None)
-        return Place(config, f"{stamp} {file} config {hash_files(config)[:12]}", path, hub=True)
-    variant = " fp16" if half and _has_half(sorted(f.name for f in path.glob("unet/*"))) else ""
+        stamp += f" {path.relative_to(root).as_posix()} config {hash_files(config)[:12]}"
+        return Place(config, stamp, path, hub=True)
+    parts = [part for part in PARTS if own_vae or part != "vae"]
+    variant = " fp16" if any(takes_half(path / part, half) for part in parts) else ""
     return Place(path, stamp + variant, sha256=known.sha256, hub=True)
 
 
@@ -449,9 +466,8 @@ def download(name: str, revision: str | None = None, half: bool = False) -> list
     """Bring the weights of a Hub model to this machine; return where they are."""
     known = checkpoint(name)
     known = replace(known, revision=revision) if revision else known
-    paths = [_fetch(known, half)]
-    vae = known.vae and replace(Checkpoint("", known.vae), revision=VAE_REVISION)
-    return paths + ([_fetch(vae, half=False, part="vae")] if vae else [])
+    paths = [_fetch(known, half, own_vae=not known.vae)]
+    return paths + ([_fetch(_vae(known.vae), half=False, part="vae")] if known.vae else [])
 
 
 def downloaded(known: Checkpoint) -> bool:
@@ -463,41 +479,39 @@ def downloaded(known: Checkpoint) -> bool:
     return any(isinstance(file, str) for file in found)
 
 
-def _snapshot(path: Path, repository: str) -> Path:
-    """The snapshot folder that a path of the Hub's cache lies in."""
-    place = next(p for p in (path, *path.parents) if p.parent.name == "snapshots")
-    return place
+def _snapshot(path: Path) -> Path:
+    """The snapshot folder that a path of the Hub's cache lies in; its name is the commit."""
+    return next(p for p in (path, *path.parents) if p.parent.name == "snapshots")
 
 
-def _commit(path: Path, repository: str) -> str:
-    return _snapshot(path, repository).name
+def _wanted(names: list[str], half: bool, part: str, own_vae: bool) -> list[str]:
+    """Which files of a repository make up the pipeline (or its VAE): safetensors, one precision.
 
-
-def _has_half(names: list[str]) -> bool:
-    return any(name.endswith(".fp16.safetensors") for name in names)
-
-
-def _wanted(names: list[str], half: bool, part: str) -> list[str]:
-    """Which files of a repository make up the pipeline (or its VAE): safetensors, one precision."""
-    folders = {part + "/": ""} if part else {f"{p}/": p for p in PARTS}
-    if part and f"{part}/config.json" not in names:  # a repository that is a VAE
-        folders = {"": ""}
-    wanted = [n for n in names if n.startswith(("tokenizer/", "scheduler/"))] if not part else []
+    Raises
+    ------
+    ValueError
+        A part has none.
+    """
+    if part:  # alone in its repository, or in that of a pipeline
+        wanted, folders = [], [f"{part}/" if f"{part}/config.json" in names else ""]
+    else:
+        wanted = [n for n in names if n.startswith(("tokenizer/", "scheduler/"))]
+        wanted, folders = ["model_index.json", *wanted], [f"{name}/" for name in PARTS]
+        folders = [folder for folder in folders if own_vae or folder != "vae/"]
     for folder in folders:
-        mine = [n for n in names if n.startswith(folder) and "/" not in n[len(folder) :]]
-        tensors = [n for n in mine if n.endswith(".safetensors")]
-        fp16 = [n for n in tensors if ".fp16." in n]
-        chosen = (
-            fp16 if fp16 and (half or len(fp16) == len(tensors)) else sorted({*tensors} - {*fp16})
-        )
-        chosen = [n for n in chosen if "non_ema" not in n]
+        mine = [n for n in names if n.startswith(folder) and "/" not in n.removeprefix(folder)]
+        weights = r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors"
+        tensors = [n for n in mine if re.fullmatch(weights, n.removeprefix(folder))]
+        fp16 = [n for n in tensors if ".fp16" in n]
+        full = [n for n in tensors if n not in fp16]
+        chosen = fp16 if half and fp16 else full or fp16
         if not chosen:
-            raise ValueError("no weights in safetensors format")
-        wanted += chosen + [n for n in mine if n.endswith((".json", ".index.json"))]
-    return wanted + ([] if part else ["model_index.json"])
+            raise ValueError(f"it has no weights in safetensors format ({folder or 'at all'})")
+        wanted += chosen + [n for n in mine if n.endswith(".json")]
+    return wanted
 
 
-def _fetch(known: Checkpoint, half: bool, part: str = "") -> Path:
+def _fetch(known: Checkpoint, half: bool, part: str = "", own_vae: bool = True) -> Path:
     """The snapshot of a repository (or one file of it), downloaded as far as it is not here."""
     from huggingface_hub import errors, hf_hub_download, list_repo_files, snapshot_download
 
@@ -505,23 +519,24 @@ def _fetch(known: Checkpoint, half: bool, part: str = "") -> Path:
     name = f"{repository}@{revision}" if revision != "main" else repository
     try:
         if known.file:
-            wanted = [known.half, known.file] if half and known.half else [known.file]
-            for n, file in enumerate(dict.fromkeys(wanted)):
-                try:
-                    return Path(hf_hub_download(repository, file, revision=revision))
-                except errors.EntryNotFoundError:
-                    if n + 1 == len(dict.fromkeys(wanted)):
-                        raise
-        index = "config.json" if part else "model_index.json"
-        index = Path(hf_hub_download(repository, index, revision=revision))
+            if half and known.half not in ("", known.file):
+                with contextlib.suppress(errors.EntryNotFoundError):
+                    return Path(hf_hub_download(repository, known.half, revision=revision))
+            return Path(hf_hub_download(repository, known.file, revision=revision))
+        index = hf_hub_download(repository, INDEX[part], revision=revision)
         if not part:
-            _check_class(name, index)
-        names = _listing(lambda: list_repo_files(repository, revision=revision), index.parent)
-        return Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=_wanted(names, half, part)
-            )
-        )
+            _check_class(name, Path(index))
+        try:
+            names = list_repo_files(repository, revision=revision)
+        except Exception:  # no network, whatever its library calls that: what is here may do
+            here = Path(index).parent
+            names = [f.relative_to(here).as_posix() for f in here.rglob("*") if f.is_file()]
+            with contextlib.suppress(ValueError):
+                _wanted(names, half, part, own_vae)
+                return here
+            raise errors.LocalEntryNotFoundError(name) from None
+        wanted = _wanted(names, half, part, own_vae)
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except errors.GatedRepoError as error:
         raise ModelError(
             f"{name} is gated: accept its licence on its page on the Hub, then log in with "
@@ -540,23 +555,15 @@ def _fetch(known: Checkpoint, half: bool, part: str = "") -> Path:
             "HF_HUB_OFFLINE is set; give a local folder, or the name 'lab'"
         ) from error
     except errors.EntryNotFoundError as error:
-        what = f"has no file {known.file}" if known.file else "is no diffusers pipeline: it has no "
-        what += "" if known.file else "config.json" if part else "model_index.json"
-        raise ModelError(f"{name} {what}") from error
+        lacks = f"is no diffusers pipeline: it has no {INDEX[part]}"
+        raise ModelError(
+            f"{name} {f'has no file {known.file}' if known.file else lacks}"
+        ) from error
     except (OSError, ValueError) as error:
         if isinstance(error, ModelError):
             raise
-        pickled = "safetensors" in str(error)
-        reason = "it has no weights in safetensors format" if pickled else first_line(error)
-        raise ModelError(f"{name} cannot be downloaded: {reason}{_note(repository)}") from error
-
-
-def _listing(ask, folder: Path) -> list[str]:
-    """The names of a repository's files; without a network those that are here."""
-    try:
-        return list(ask())
-    except Exception:  # whatever the network's library raises: the download itself will say
-        return [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+        reason = f"{name} cannot be downloaded: {first_line(error)}"
+        raise ModelError(f"{reason}{_note(repository)}") from error
 
 
 def _note(repository: str) -> str:

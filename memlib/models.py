@@ -423,7 +423,7 @@ def load(
         card = _card(source)
         if card and not checkpoints.downloaded(known):
             return Remembering(RecordedModel(card))
-        place = checkpoints.on_hub(known, half=dtype != "float32")
+        place = checkpoints.on_hub(known, half=dtype != "float32", own_vae=not vae)
     elif revision:
         raise ModelError(f"a revision is for models of the Hub, and {name} is none")
     else:

@@ -576,6 +576,24 @@ def test_half_the_download(hub, folders):  # noqa: F811
     assert "fp16" not in out
 
 
+def test_a_repository_without_a_vae(hub, folders):  # noqa: F811
+    """Its own is not missed where another is given."""
+    repository = hub.handler.folder / "some/novae"
+    shutil.copytree(folders("sd14"), repository, ignore=shutil.ignore_patterns("vae"))
+    script = """
+try:
+    memlib.load("some/novae")
+except ValueError as error:
+    print(error)
+print(memlib.load("some/novae", vae="some/vae").fingerprint)
+"""
+    status, out, error = hub(script)
+    assert status == 0, error
+    first, second = out.strip().splitlines()
+    assert "no weights in safetensors format (vae/)" in first
+    assert " vae some/vae@" in second
+
+
 def test_a_pinned_sum(hub):  # noqa: F811
     script = """
 from memlib import checkpoints
