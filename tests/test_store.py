@@ -222,7 +222,7 @@ def test_what_a_kill_leaves_is_valid(forker, whole, tmp_path):
         assert np.isfinite(trace.gram.sel(vec="x_t", vec_="x_t")[:5]).all()
         report = memlib.verify(tmp_path / "run")
         assert (report.ok, report.done, report.missing) == (True, PROMPTS - 1, 1)
-        early = forker(tmp_path / "early", files(whole) - 1 - 6 * 6)  # only the header
+        early = forker(tmp_path / "early", files(whole) - 1 - PROMPTS * 7)  # only the header
         assert early[1]() == -signal.SIGKILL
         trace = xr.open_zarr(tmp_path / "early", chunks=None).load()
     assert trace.gram.isnull().all()
