@@ -203,7 +203,7 @@ def doctor(_options) -> None:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         memory = torch.cuda.get_device_properties(0).total_memory
-        card = next((c for c in cost.CARDS if c.name in name), None)
+        card = cost.card_of(name)
         line("GPU", f"{name}, {memory / 2**30:.0f} GiB")
     else:
         line("GPU", "none found by torch; the lab needs none, Stable Diffusion does")

