@@ -34,6 +34,7 @@ LAB_PAIRS = Path(__file__).resolve().parents[1] / "data" / "lab" / "pairs.csv"
 # Columns that mean something here, in whatever case a list has them; the first are text.
 TEXTS = ("caption", "prompt_id", "image", "index", "url")
 NAMES = (*TEXTS, "kind", "overfit_type", "multiplicity", "group", "retrieved_urls")
+MAY_LACK = ("prompt_id", "index", "multiplicity", "group", "image", "url")  # R's NA: not there
 NO_TEXT = (bytes, dict, list, tuple, np.ndarray)
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
@@ -110,25 +111,14 @@ def _read(file: Path) -> pd.DataFrame:
     """A manifest's table as it is, but for its columns' case; see `load_pairs`."""
     where, suffix = short(file.name), file.suffix.lower()
     if suffix == ".parquet":
-        return _rename(pd.read_parquet(file), where)
+        table = pd.read_parquet(file)
+        if named := [n for n in table.index.names if n is not None and n not in table]:
+            table = table.reset_index(level=named)  # as set_index("index") leaves it
+        return _rename(table, where)
     data = file.read_bytes()
     text = data.decode("utf-16" if data[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig")
     if suffix in (".csv", ".tsv"):
-        separator, header = _header(text, "\t" if suffix == ".tsv" else ",")
-        mark = {",": "comma", ";": "semicolon", "\t": "tab"}[separator]
-        ragged = f"{where} has more fields than columns%s: quote captions that hold a {mark}"
-        try:
-            table = pd.read_csv(
-                io.StringIO(text), sep=separator, keep_default_na=False, skip_blank_lines=False,
-                dtype={name: str for name in header if name.strip().lower() in TEXTS},
-            )  # fmt: skip
-        except pd.errors.ParserError as error:
-            if found := re.search(r"Expected \d+ fields( in line \d+)", str(error)):
-                raise PairsError(ragged % found[1]) from error
-            raise
-        if not pd.api.types.is_integer_dtype(table.index):  # those would be the rows' numbers
-            raise PairsError(ragged % "")
-        return _rename(table, where)
+        return _rename(_delimited(text, "\t" if suffix == ".tsv" else ",", where), where)
     if text.lstrip()[:1] == "[":
         rows = json.loads(text)
     else:
@@ -147,23 +137,60 @@ def _object(line: str):
         return json.loads(line)
 
 
-def _header(text: str, default: str) -> tuple[str, list[str]]:
-    """What separates the columns, and their names: by the header, for captions are full of it all.
+def _delimited(text: str, default: str, where: str) -> pd.DataFrame:
+    """The table of a CSV file, whose rows have as many fields as the header has names, or fewer.
+
+    Row numbers before the caption that have no name (as R writes them), an empty field at the end
+    of every row, and blank rows at the end of the file are left out.
+    """
+    if told := re.match(r"sep=(.)[\r\n]+", text, re.I):  # a line for Excel
+        text, default = text[told.end() :], told[1]
+    separator = default if told else _separator(text, default)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    header = next(reader, [])
+    lines, rows = [], []
+    for row in reader:
+        rows.append(row)
+        lines.append(reader.line_num)
+    while rows and not any(rows[-1]):
+        rows.pop()
+    names, width = [name.strip().lower() for name in header], len(header)
+    count = [row[0] for row in rows if len(row) == width + 1]
+    if names[:1] == ["caption"] and count in (
+        [str(k + n) for n in range(len(rows))] for k in (0, 1)
+    ):
+        rows = [row[1:] for row in rows]
+    if all(len(row) > width and not any(row[width:]) for row in rows):
+        rows = [row[:width] for row in rows]
+    for line, row in zip(lines, rows, strict=False):
+        if len(row) > width:
+            mark = {",": "comma", ";": "semicolon", "\t": "tab"}.get(separator, separator)
+            raise PairsError(
+                f"{where} has more fields than columns in line {line}: quote captions that hold a "
+                f"{mark}"
+            )
+    plain = io.StringIO(newline="")
+    csv.writer(plain).writerows([header, *rows])
+    plain.seek(0)
+    return pd.read_csv(
+        plain, keep_default_na=False, skip_blank_lines=False, index_col=False,
+        dtype={c: str for c, name in zip(header, names, strict=True) if name in TEXTS},
+        na_values={c: ["NA"] for c, name in zip(header, names, strict=True) if name in MAY_LACK},
+    )  # fmt: skip
+
+
+def _separator(text: str, default: str) -> str:
+    """What separates the columns: by the header, for captions are full of it all.
 
     Of comma, semicolon and tab it is the one that leaves a column `caption`, then the one that
     leaves most columns, then the usual one.
     """
-    found = {
-        separator: next(csv.reader(io.StringIO(text), delimiter=separator), [])
-        for separator in dict.fromkeys((default, ",", ";", "\t"))
-    }
 
     def fits(separator: str) -> tuple[bool, int]:
-        names = [name.strip().lower() for name in found[separator]]
-        return "caption" in names, len(names)
+        header = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
+        return "caption" in [name.strip().lower() for name in header], len(header)
 
-    best = max(found, key=fits)  # the first of equals
-    return best, found[best]
+    return max(dict.fromkeys((default, ",", ";", "\t")), key=fits)  # the first of equals
 
 
 def _rename(table: pd.DataFrame, where: str) -> pd.DataFrame:

@@ -1,7 +1,9 @@
 """Wrong input: one clear line that says what is wrong, and nothing half-written."""
 
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +154,9 @@ def manifest(tmp_path, text, encoding="utf-8"):
         ("caption,multiplicity\na,1\nb,many\n", "utf-8", "row 2: multiplicity 'many'"),
         ("caption,image\na,1\n", "utf-8", "1 is missing"),
         ("caption\na\nb, c\n", "utf-8", "more fields than columns in line 3: quote captions"),
+        ("index,caption,kind\n1,red, green,MV\n2,blue,N\n", "utf-8", "columns in line 2: quote"),
+        ("index,caption,kind\n1,blue,N\n\n2,red, green,MV", "utf-8", "columns in line 4: quote"),
+        ("caption\n1, two\n3, four\n", "utf-8", "columns in line 2: quote"),
         ("kind;caption\nx;a;b\ny;c;d\n", "utf-8", "quote captions that hold a semicolon"),
         ("Caption,CAPTION\na,b\n", "utf-8", "the column 'caption' twice"),
         ("caption_0,caption_1\na,b\n", "utf-8", "captions in caption_0, caption_1: name the one"),
@@ -208,6 +213,14 @@ LISTS = [  # name, text, caption and prompt_id of the rows
     ("one.csv", "caption\na; b\nc; d\n", ["a; b", "c; d"], None),
     ("one.tsv", "caption\na, b; c\n", ["a, b; c"], None),
     ("numbered.csv", "caption,url\n0,a,u\n1,b,v\n", ["a", "b"], None),
+    ("numbered-by-r.csv", '"caption","index"\n"1","a",7\n"2","b",8\n', ["a", "b"], ["7", "8"]),
+    ("comma-at-the-end.csv", "index,caption\n7,a,\n8,b,\n", ["a", "b"], ["7", "8"]),
+    ("blank-at-the-end.csv", "caption,index\na,7\n,\n\n", ["a"], ["7"]),
+    ("blank-lines.csv", "caption\na\n\n\n", ["a"], None),
+    ("missing.csv", "caption,index,multiplicity\nNA,7,NA\nb,NA,2\n", ["NA", "b"], ["7", ""]),
+    ("excel.csv", "sep=;\r\nCaption;Index\r\na, b;7\r\n", ["a, b"], ["7"]),
+    ("excel-bar.csv", "sep=|\ncaption|index\na, b|7\n", ["a, b"], ["7"]),
+    ("old-mac.csv", "caption,index\ra,7\rb,8\r", ["a", "b"], ["7", "8"]),
     ("mark.csv", '\ufeff"caption","index"\n"a",3\n', ["a"], ["3"]),
     ("mark.jsonl", '\ufeff{"caption": "a", "index": 3}\n', ["a"], ["3"]),
     ("array.json", '[{"Caption": "a", "Index": 3},\n {"Caption": "b", "Index": 4}]', ["a", "b"],
@@ -221,7 +234,7 @@ LISTS = [  # name, text, caption and prompt_id of the rows
 
 @pytest.mark.parametrize(("name", "text", "captions", "ids"), LISTS, ids=[x[0] for x in LISTS])
 def test_lists_as_others_write_them(tmp_path, name, text, captions, ids):
-    (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / name).write_bytes(text.encode())
     pairs = memlib.load_pairs(tmp_path / name)
     assert list(pairs.caption) == captions
     for found, wanted in zip(pairs.prompt_id, ids or [""] * len(captions), strict=True):
@@ -552,4 +565,32 @@ def test_captions_longer_than_the_model_reads(lab, tmp_path, capfd):
 def test_a_table_without_a_place(tmp_path, capsys):
     arguments = ["trace", "--prompts", "1", "--out", str(tmp_path / "nowhere" / "out.csv")]
     assert cli.main(arguments) == 1
-    assert "make it first" in capsys.readouterr().err
+    assert "must name a file in a folder that is there" in capsys.readouterr().err
+
+
+def test_a_table_goes_where_it_is_told(tmp_path):
+    """Into a pipe it is written, a link is followed, and nothing else in the folder is touched."""
+    table = pd.DataFrame({"prompt_id": ["a"], "D1": [0.5]})
+    real, link = tmp_path / "real.csv", tmp_path / "out.csv"
+    real.write_text("old")
+    (tmp_path / "out.partial").write_text("mine")
+    link.symlink_to(real)
+    cli.write_table(table, link.resolve())
+    assert real.read_text() == "prompt_id,D1\na,0.5\n"
+    assert link.is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True)
+    cli.write_table(table, tmp_path / "pipe")
+    assert reader.communicate()[0] == real.read_text()
+    assert not (tmp_path / "pipe").is_file()
+    names = {"real.csv", "out.csv", "out.partial", "pipe"}
+    assert {f.name for f in tmp_path.iterdir()} == names
+    assert (tmp_path / "out.partial").read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", ["--prompts", "--every", "--threads", "--workers", "--seeds"])
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_counts_are_at_least_one(option, value, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["trace", option, value])
+    assert "no whole number of at least 1" in capsys.readouterr().err
