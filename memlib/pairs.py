@@ -322,7 +322,7 @@ def name_rows(pairs: pd.DataFrame) -> pd.DataFrame:
         pairs[missing][columns].itertuples(index=False), pairs.image[missing], strict=True
     ):
         words = re.findall(r"[a-z0-9]+", row.caption.lower())
-        known = [*map(index_text, row), sha256(Path(image)) if image else ""]
+        known = [row.caption, *map(index_text, row[1:]), sha256(Path(image)) if image else ""]
         mark = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:8]
         names.append("-".join([*words[:3], mark])[-40:].lstrip("-"))
     names = pd.Series(names, pairs.index[missing])

@@ -315,13 +315,14 @@ def test_ids_that_are_made_up(tmp_path):
     assert re.fullmatch("[0-9a-f]{8}", two)
     assert ids('caption\n"图, 图"\na green tree\nA red boat!\n')[::2] == [two, one]
     typo = ids("caption\nA red boat?\n")
+    near = ids("caption\n A red boat!\nA red boat! \nboat 2\nboat 2.0\n")
     kinds = ids("caption,kind\nA red boat!,memorized\n")
     counted = ids("caption,multiplicity\nA red boat!,3\nb,\n")[:1]
     assert counted == ids("caption,multiplicity\nA red boat!,3\n")
     pictured = ids("caption,image\nA red boat!,a.png\n")
     Image.effect_noise((64, 64), 50).save(tmp_path / "a.png")
     replaced = ids("caption,image\nA red boat!,a.png\n")
-    every = [one, *typo, *kinds, *counted, *pictured, *replaced]
+    every = [one, *typo, *near, *kinds, *counted, *pictured, *replaced]
     assert len(set(every)) == len(every)
     assert ids("caption,prompt_id\nx,7\nA red boat!,\n") == ["7", one]
     twice = ids("caption,overfit_type\na,MV\na,MV\n")  # a published list may hold a row twice
