@@ -27,6 +27,8 @@ ORIGINAL = {  # where a file in the original layout has them
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.",
 }
+TENSORS = r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors"
+UNUSED = (".text_projection", ".text_projection.weight", ".logit_scale")  # of a text encoder
 INDEX = {"": "model_index.json", "vae": "config.json"}  # what a repository of its kind has
 BROKEN = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
@@ -131,9 +133,11 @@ def checkpoint(name: str) -> Checkpoint | None:
 
 def local(name: str | Path, config: str | Path | None = None) -> Place:
     """A folder in the diffusers format, or one ``.safetensors`` file with a whole model."""
-    path = LAB if name == "lab" else Path(name)
+    path = LAB if str(name) == "lab" else Path(name)
     if path.suffix in (".ckpt", ".bin", ".pt", ".pth"):
         raise ModelError(f"{path} is a pickle, which can run code: give it as .safetensors")
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ModelError(f"{path}: one file with a model must end in .safetensors")
     if path.is_file():
         config = _config(path, config)
         return Place(config, f"{sha256(path)} config {hash_files(config)}", path)
@@ -145,19 +149,19 @@ def local(name: str | Path, config: str | Path | None = None) -> Place:
 
 def _check_folder(name: str | Path, folder: Path) -> None:
     """A local folder must be a supported pipeline, whole where it has a list of checksums."""
-    if name == "lab" and not folder.is_dir():
+    if str(name) == "lab" and not folder.is_dir():
         raise ModelError(
             f"the lab's weights are not here ({folder}): they come with the repository, so clone "
             "it and install from there"
         )
-    if folder.suffix == ".safetensors":
+    if folder.suffix == ".safetensors" and not folder.is_dir():
         raise ModelError(f"there is no file {folder}")
     if not folder.is_dir():
         raise ModelError(f"unknown model {str(name)!r}, and no such folder{nearest(name, NAMES)}")
     if not (folder / "model_index.json").exists():
         raise ModelError(f"{folder} is no diffusers pipeline: it has no model_index.json")
     _check_class(str(folder), folder / "model_index.json")
-    if name == "lab" or (folder / "SHA256SUMS").exists():
+    if str(name) == "lab" or (folder / "SHA256SUMS").exists():
         try:
             verify(folder, lambda name: name.endswith(WEIGHTS))
         except ValueError as error:
@@ -206,8 +210,8 @@ def _config(file: Path, config: str | Path | None) -> Path:
     config = config or "sd14"
     folder = CONFIGS / config if (CONFIGS / config).is_dir() else Path(config)
     if not (folder / "model_index.json").is_file():
-        known = sorted(path.name for path in CONFIGS.glob("*/model_index.json"))
-        raise ModelError(f"unknown config {str(config)!r}{nearest(config, [p for p in known])}")
+        known = sorted(path.parent.name for path in CONFIGS.glob("*/model_index.json"))
+        raise ModelError(f"unknown config {str(config)!r}{nearest(config, known)}")
     return folder
 
 
@@ -254,7 +258,14 @@ def pipeline(place: Place, vae=None, half: bool = False):
                 place.folder, safety_checker=None, feature_extractor=None, local_files_only=True,
                 requires_safety_checker=False, **parts,
             )  # fmt: skip
-    _check_fit(place.file or place.folder, pipe)
+    where = place.file or place.folder
+    for part in PARTS:
+        if not all(tensor.isfinite().all() for tensor in getattr(pipe, part).state_dict().values()):
+            raise ModelError(f"{where}: its {part} has weights that are not finite")
+    own = place.folder / "vae" / "config.json"
+    _check_vae(where, pipe.vae, json.loads(own.read_text()) if own.is_file() else {})
+    _check_scheduler(where, pipe.scheduler)
+    _check_fit(where, pipe)
     return pipe
 
 
@@ -272,12 +283,20 @@ def load_part(folder: Path, part: str, half: bool = False):
         raise ModelError(
             f"{folder} cannot be loaded: it has no weights in safetensors format, {other}"
         )
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json")
+    if not any(re.fullmatch(TENSORS, name) for name in tensors):
+        raise ModelError(f"{folder} holds only {tensors[0]}, a variant that is not read")
     options = {"variant": "fp16"} if takes_half(folder, half) else {}
     if part == "text_encoder":  # else its config may say to round what the file holds
         options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
-    model, report = kind.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
-    )
+    try:
+        model, report = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
+    except ValueError as error:  # the rest of diffusers' message is advice for its own callers
+        found = re.search(r"\S+ expected shape .*?, but got [^.]*", str(error))
+        raise ModelError(f"{folder}: {found[0]}") if found else error from error
     check(folder, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
     return model
 
@@ -310,6 +329,7 @@ def check(where, missing, unexpected=(), mismatched=()) -> None:
 def _of_one_file(place: Place, vae):
     """A file in the original layout, through diffusers' own reader; nothing is asked of the Hub."""
     from diffusers import StableDiffusionPipeline
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
     from transformers import CLIPTokenizer
 
     _count(place, [part for part in PARTS if not (part == "vae" and vae)])
@@ -324,12 +344,30 @@ def _of_one_file(place: Place, vae):
             feature_extractor=None, requires_safety_checker=False, tokenizer=tokenizer,
             **({"vae": vae} if vae else {}),
         )  # fmt: skip
-    except NotImplementedError as error:  # a tensor that was not in the file has no numbers
+    except (NotImplementedError, SingleFileComponentError) as error:
         raise ModelError(f"{place.file}: weights under names that are not SD's") from error
     for part in PARTS:
         tensors = getattr(pipe, part).state_dict()
         check(f"{place.file}, {part}", [name for name, t in tensors.items() if t.is_meta])
+    _check_marks(place.file, pipe.scheduler)
     return pipe
+
+
+def _check_marks(file: Path, scheduler) -> None:
+    """What a file itself says of its noise schedule must be what its configuration says."""
+    import torch
+
+    with safe_open(file, "pt") as opened:
+        keys = set(opened.keys())
+        levels = opened.get_tensor("alphas_cumprod") if "alphas_cumprod" in keys else None
+    if "v_pred" in keys and scheduler.config.prediction_type != "v_prediction":
+        raise ModelError(f"{file} says that it predicts v: give config='sd21', or a folder's")
+    same = levels is None or (
+        levels.shape == scheduler.alphas_cumprod.shape
+        and torch.allclose(levels.float(), scheduler.alphas_cumprod.float(), atol=1e-4)
+    )
+    if "ztsnr" in keys or not same:
+        raise ModelError(f"{file} has another noise schedule than its configuration: give config")
 
 
 def _count(place: Place, parts: list[str]) -> None:
@@ -340,8 +378,15 @@ def _count(place: Place, parts: list[str]) -> None:
 
     with safe_open(place.file, "pt") as opened:
         keys = [key for key in opened.keys() if not key.endswith("position_ids")]  # noqa: SIM118
+    for sign in ("lora_", "control_model.", "embedding_manager."):
+        if found := [key for key in keys if key.startswith(sign)]:
+            raise ModelError(
+                f"{place.file}: {len(found)} weights beside the model ({found[0]}, …) that are not "
+                "read: merge them, or leave them out"
+            )
     for part in parts:
-        mine = [key for key in keys if key.startswith(ORIGINAL[part])]
+        mine = [k for k in keys if k.startswith(ORIGINAL[part]) and not k.endswith(UNUSED)]
+        mine = [k for k in mine if not k.startswith(f"{ORIGINAL['vae']}loss.")]
         if not mine:
             hint = ": give one as vae" if part == "vae" else ""
             raise ModelError(f"{place.file} holds no {part}{hint}")
@@ -358,7 +403,6 @@ def _count(place: Place, parts: list[str]) -> None:
             layers = config.num_hidden_layers
             wanted -= 4 * layers
             beyond = [f".resblocks.{n}." for n in range(layers, layers + 9)]
-            beyond += [".text_projection", ".logit_scale"]
             mine = [key for key in mine if not any(name in key for name in beyond)]
         if len(mine) != wanted:
             what = "missing" if len(mine) < wanted else "too many"
@@ -375,9 +419,10 @@ def _check_fit(where, pipe) -> None:
         "class_embed_type": "class labels", "num_class_embeds": "class labels",
         "addition_embed_type": "added conditions",
         "encoder_hid_dim_type": "projected conditions",
+        "dual_cross_attention": "a second text",
     }  # fmt: skip
     for name, what in more.items():
-        if config.get(name) not in (None, "text_proj"):
+        if config.get(name) not in (None, False, "text_proj"):
             raise ModelError(
                 f"{where}: its U-Net also takes {what} ({name}); this is not supported"
             )
@@ -387,49 +432,104 @@ def _check_fit(where, pipe) -> None:
             f"{where}: its U-Net takes {config.in_channels} channels and gives "
             f"{config.out_channels}, its VAE has {pipe.vae.config.latent_channels}"
         )
-    width = pipe.text_encoder.config.hidden_size
-    if config.cross_attention_dim != width:
+    width, takes = pipe.text_encoder.config.hidden_size, config.cross_attention_dim
+    takes = {takes} if isinstance(takes, int) else {*takes}
+    takes = {config.encoder_hid_dim} if config.encoder_hid_dim else takes
+    if takes != {width}:
         raise ModelError(
-            f"{where}: its U-Net takes text of width {config.cross_attention_dim}, its text "
-            f"encoder gives {width}"
+            f"{where}: its U-Net takes text of width {', '.join(map(str, sorted(takes)))}, its "
+            f"text encoder gives {width}"
         )
     words, text = pipe.tokenizer, pipe.text_encoder.config
+    if len(words) < 3 or words.model_max_length > 10**6:
+        what = "words" if len(words) < 3 else "number of places (model_max_length)"
+        raise ModelError(f"{where}: its tokenizer has no {what}")
     if len(words) > text.vocab_size or words.model_max_length > text.max_position_embeddings:
         raise ModelError(
             f"{where}: its tokenizer has {len(words)} words and {words.model_max_length} places, "
             f"its text encoder {text.vocab_size} and {text.max_position_embeddings}"
         )
     size = config.sample_size
-    size = {size} if isinstance(size, int) else set(size or ())
-    if len(size) != 1:
-        what = "pictures that are not square" if size else "no sample_size in unet/config.json"
+    size = {size} if isinstance(size, int) else {*size} if isinstance(size, list | tuple) else set()
+    if len(size) != 1 or min(size) < 1:
+        what = (
+            "pictures that are not square"
+            if len(size) > 1
+            else "unet/config.json has no sample_size"
+        )
         raise ModelError(f"{where}: {what}; supported is one side of square latents, such as 64")
 
 
 def load_vae(vae: str | Path):
     """A VAE of its own and its fingerprint: a folder, a ``.safetensors`` file, or from the Hub."""
-    from diffusers import AutoencoderKL
-
     path, known = Path(vae), _vae(str(vae))
     if known:
         path = _fetch(known, half=False, part="vae")
+    elif not path.exists():
+        raise ModelError(f"no VAE at {path}: there is no such file or folder")
+    path = path / "vae" if (path / "vae" / "config.json").is_file() else path  # of a pipeline
     try:
         with quiet():
-            if path.is_file():
-                network = AutoencoderKL.from_single_file(
-                    str(path), config=str(CONFIGS / "sd14"), subfolder="vae", local_files_only=True
-                )
-            else:
-                network = load_part(path, "vae")
+            network = _vae_of_one_file(path) if path.is_file() else load_part(path, "vae")
+    except ModelError:
+        raise
     except BROKEN as error:
-        empty = isinstance(error, NotImplementedError)  # a tensor that is not in the file
-        reason = "weights are missing" if empty else first_line(error)
-        raise ModelError(f"the VAE {path} cannot be loaded: {reason}") from error
+        raise ModelError(f"the VAE {path} cannot be loaded: {first_line(error)}") from error
     if not known:
         return network, sha256(path) if path.is_file() else hash_files(path)
     if known.sha256:
         _check_sum(path / "diffusion_pytorch_model.safetensors", known.sha256)
     return network, f"{vae}@{_snapshot(path).name}"
+
+
+def _vae_of_one_file(file: Path):
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    try:
+        network = AutoencoderKL.from_single_file(
+            str(file), config=str(CONFIGS / "sd14"), subfolder="vae", local_files_only=True
+        )
+    except (NotImplementedError, SingleFileComponentError) as error:
+        raise ModelError(f"{file} is no VAE of Stable Diffusion, or lacks weights") from error
+    with safe_open(file, "pt") as opened:
+        keys = [key.removeprefix(ORIGINAL["vae"]) for key in opened.keys()]  # noqa: SIM118
+    mine = [key for key in keys if key.startswith(("encoder.", "decoder.", "quant", "post_quant"))]
+    if len(mine) != len(network.state_dict()):
+        many = abs(len(mine) - len(network.state_dict()))
+        what = "missing" if len(mine) < len(network.state_dict()) else "too many"
+        raise ModelError(f"{file}: {many} of the VAE's weights {what}")
+    return network
+
+
+def _check_vae(where, vae, own: dict) -> None:
+    """Refuse a VAE that scales latents in another way than the U-Net was trained with."""
+    config, scale = vae.config, vae.config.scaling_factor
+    if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+        raise ModelError(f"{where}: its VAE's scaling_factor is {scale}")
+    if any(config.get(name) for name in ("shift_factor", "latents_mean", "latents_std")):
+        raise ModelError(f"{where}: its VAE shifts latents, as no Stable Diffusion does")
+    if (config.in_channels, config.out_channels) != (3, 3):
+        raise ModelError(
+            f"{where}: its VAE is for pictures of {config.in_channels} channels, not 3"
+        )
+    if own.get("scaling_factor", scale) != scale:
+        raise ModelError(
+            f"{where}: the VAE's scaling_factor is {scale}, the pipeline's own has "
+            f"{own['scaling_factor']}"
+        )
+
+
+def _check_scheduler(where, scheduler) -> None:
+    """Refuse a scheduler whose noise levels are not those of a diffusion with betas."""
+    config, kind = scheduler.config, type(scheduler).__name__
+    betas, steps = config.get("trained_betas"), config.get("num_train_timesteps")
+    if not betas and not {"beta_start", "beta_end", "beta_schedule"} <= {*config}:
+        raise ModelError(f"{where}: its scheduler ({kind}) states no noise schedule (betas)")
+    if betas is not None and len(betas) != steps:
+        raise ModelError(f"{where}: its scheduler has {len(betas)} betas for {steps} timesteps")
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        raise ModelError(f"{where}: its scheduler ({kind}) is for flow matching")
 
 
 def _vae(name: str) -> Checkpoint | None:
@@ -496,12 +596,12 @@ def _wanted(names: list[str], half: bool, part: str, own_vae: bool) -> list[str]
         wanted, folders = [], [f"{part}/" if f"{part}/config.json" in names else ""]
     else:
         wanted = [n for n in names if n.startswith(("tokenizer/", "scheduler/"))]
-        wanted, folders = ["model_index.json", *wanted], [f"{name}/" for name in PARTS]
+        wanted = ["model_index.json", "vae/config.json", *wanted]
+        folders = [f"{name}/" for name in PARTS]
         folders = [folder for folder in folders if own_vae or folder != "vae/"]
     for folder in folders:
         mine = [n for n in names if n.startswith(folder) and "/" not in n.removeprefix(folder)]
-        weights = r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors"
-        tensors = [n for n in mine if re.fullmatch(weights, n.removeprefix(folder))]
+        tensors = [n for n in mine if re.fullmatch(TENSORS, n.removeprefix(folder))]
         fp16 = [n for n in tensors if ".fp16" in n]
         full = [n for n in tensors if n not in fp16]
         chosen = fp16 if half and fp16 else full or fp16

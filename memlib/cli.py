@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def trace(options) -> int:
     import memlib
     from memlib import cache
 
-    if options.out and not options.out.resolve().parent.is_dir():
-        raise ValueError(f"no folder {options.out.parent} for --out: make it first")
+    if options.out and (options.out.is_dir() or not options.out.resolve().parent.is_dir()):
+        raise ValueError(f"--out {options.out}: it must name a file in a folder that is there")
     model = memlib.load(
         options.model, options.device, options.dtype, options.revision, options.vae,
         options.config, options.timestep_spacing,
@@ -58,9 +59,7 @@ def trace(options) -> int:
     found = memlib.open_run(address).sel(prompt=list(pairs.prompt_id), seed=seeds, seed_=seeds)
     table = memlib.deviations(found, basis="x_0" if pictured else "x_gen")
     if options.out:
-        partial = options.out.with_suffix(".partial")
-        table.to_csv(partial, index=False)
-        partial.replace(options.out)
+        write_table(table, options.out.resolve())
         print(f"D1, D2 and severity of each prompt: {options.out}")
     else:
         columns = [c for c in ("prompt_id", "kind", "D1", "D2", "severity") if c in table]
@@ -68,6 +67,29 @@ def trace(options) -> int:
     if rescued := int(found.rescued.sum()):
         print(f"{rescued} images were not finite in half precision and done in float32")
     return 1 if summary.failed else 0
+
+
+def write_table(table, out: Path) -> None:
+    """A CSV file, as a whole or not at all; into a device or a pipe directly."""
+    if out.exists() and not out.is_file():
+        table.to_csv(out, index=False)
+        return
+    with tempfile.NamedTemporaryFile("w", dir=out.parent, prefix=out.name, delete=False) as file:
+        partial = Path(file.name)
+        try:
+            table.to_csv(file, index=False)
+        except BaseException:
+            partial.unlink()
+            raise
+    partial.chmod(0o644)
+    partial.replace(out)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as argparse reads it."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def verify(options) -> int:
@@ -303,16 +325,16 @@ def parser() -> argparse.ArgumentParser:
         "--images", type=Path, help="folder of training images, named by prompt or index"
     )
     p.add_argument("--only-with-images", action="store_true", help="leave the other prompts out")
-    p.add_argument("--every", type=int, default=1, help="take every n-th prompt")
-    p.add_argument("--prompts", type=int, help="then at most so many")
-    p.add_argument("--seeds", type=int, default=10)
+    p.add_argument("--every", type=positive, default=1, help="take every n-th prompt")
+    p.add_argument("--prompts", type=positive, help="then at most so many")
+    p.add_argument("--seeds", type=positive, default=10)
     p.add_argument("--guidance-scale", type=float, default=7.5, help="1 is no guidance")
     p.add_argument("--sampler", default="ddim", help="ddim or ddpm")
     p.add_argument("--steps", type=int, default=50)
     p.add_argument("--severity", default="sscd", help="copy score; see memlib doctor")
     p.add_argument("--no-images", action="store_true", help="keep no pictures, to save disk")
     p.add_argument(
-        "--batch-size", type=int, help="of images; by default 20 on a CPU and what a GPU holds"
+        "--batch-size", type=positive, help="of images; by default 20 on a CPU and what a GPU holds"
     )
     p.add_argument(
         "--compile", action=argparse.BooleanOptionalAction,
@@ -324,8 +346,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--store", help="folder or fsspec address of the run; else where the book looks")
     p.add_argument("--engine", default="local", help="local, or ray for a cluster")
     p.add_argument("--address", help="of a running Ray cluster, as host:port or auto")
-    p.add_argument("--workers", type=int, help="processes on a CPU; all GPUs by default")
-    p.add_argument("--threads", type=int, help="of each worker; the cores are divided by default")
+    p.add_argument("--workers", type=positive, help="processes on a CPU; all GPUs by default")
+    p.add_argument(
+        "--threads", type=positive, help="of each worker; the cores are divided by default"
+    )
 
     p = commands.add_parser("verify", help=verify.__doc__, description=verify.__doc__)
     p.add_argument("addresses", nargs="*", help="folders or fsspec addresses of runs")

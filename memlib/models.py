@@ -187,7 +187,12 @@ class DiffusersModel:
             x = torch.from_numpy(picture).permute(2, 0, 1)[None].to(self.device, self.dtype)
             posterior = self.vae.encode(x / 127.5 - 1).latent_dist
             latents.append(posterior.mode()[0] * self.vae.config.scaling_factor)
-        return torch.stack(latents)
+        latents = torch.stack(latents)
+        if not latents.isfinite().all():
+            raise FloatingPointError(
+                f"the training images' latents of {self.source} are not finite"
+            )
+        return latents
 
     @torch.no_grad()
     def decode(
@@ -205,6 +210,8 @@ class DiffusersModel:
         pictures = []
         for part in latents.tensor_split(-(-len(latents) // together)):
             x = self.vae.decode(part, return_dict=False)[0]
+            if not x.isfinite().all():
+                raise FloatingPointError(f"the pictures of {self.source} are not finite")
             images = self.pipe.image_processor.postprocess(x, output_type="np")
             pictures.append((images * 255).round().astype(np.uint8))
         return np.concatenate(pictures)
@@ -422,9 +429,13 @@ def load(
     recipe |= {"config": config and str(config), "timestep_spacing": timestep_spacing}
     device = _device(device)
     checkpoints.packages()
-    if name == "exact":
+    if str(name) == "exact":
+        given = dict(dtype=dtype, revision=revision, vae=vae, config=config)
+        given |= {"timestep_spacing": timestep_spacing}
+        if said := [option for option, value in given.items() if value is not None]:
+            raise ModelError(f"the exact model has no {said[0]}: it is computed, in float64")
         return _exact(recipe)
-    known = checkpoints.checkpoint(str(name)) if name != "lab" else None
+    known = checkpoints.checkpoint(str(name)) if str(name) != "lab" else None
     whole = known is not None or Path(name).is_file()
     if dtype is None:
         dtype = "float16" if whole and torch.device(device).type == "cuda" else "float32"
@@ -480,7 +491,7 @@ def _source(name: str | Path, known, revision: str | None, vae) -> str:
     if known:  # another revision or VAE is another model: it has traces and a name of its own
         name = checkpoints.ALIASES.get(str(name), str(name))
         return name + (f"@{revision}" if revision else "") + ("+vae" if vae else "")
-    if name == "lab":
+    if str(name) == "lab":
         return "lab"
     # A folder is the same by its relative and its absolute path, and no folder is "lab".
     own = Path(name).resolve().name
@@ -494,6 +505,8 @@ def _device(device: str | None) -> str:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise ModelError(f"unknown device {device!r}: 'cuda', 'cuda:0', ... or 'cpu'") from error
+    if kind not in ("cpu", "cuda"):
+        raise ModelError(f"device {device!r}: inner products need float64, so 'cuda' or 'cpu'")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device!r}: torch finds no GPU here; 'cpu' works, slowly")
     return device

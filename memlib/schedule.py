@@ -27,6 +27,8 @@ def make_scheduler(config, sampler: str, steps: int, dtype: torch.dtype = torch.
     limit = config["num_train_timesteps"]
     if not 1 <= steps <= limit:
         raise ValueError(f"steps={steps} is not possible: the model has {limit} timesteps")
+    if config.get("thresholding"):
+        raise ValueError("a scheduler with dynamic thresholding is not supported")
     # Latents are never clipped; a config that does not say so would get the pixel models' default.
     scheduler = SAMPLERS[sampler].from_config(config, clip_sample=False, thresholding=False)
     if dtype == torch.float64:

@@ -624,3 +624,147 @@ def test_a_vae_in_one_file(folders, tmp_path):  # noqa: F811
         out = vae.eval().decode(x / 0.18215).sample
     expected = ((out / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(model.decode(x), expected, atol=1)
+
+
+# -------------------------------------------------------------------- what a hostile user found
+
+
+@pytest.mark.parametrize("file", [UNET, VAE, TEXT])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(copy, file, value):
+    folder = copy()
+
+    def spoil(tensors):
+        tensors[next(k for k in tensors if k.endswith("weight"))].view(-1)[0] = value
+        return tensors
+
+    change(folder / file, spoil)
+    refused(f"its {file.split('/')[0]} has weights that are not finite", folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "pattern"),
+    [
+        ("vae", {"scaling_factor": None}, "scaling_factor is None"),
+        ("vae", {"scaling_factor": 0}, "scaling_factor is 0"),
+        ("vae", {"shift_factor": 0.1}, "shifts latents"),
+        ("unet", {"dual_cross_attention": True}, "dual_cross_attention|too many|missing"),
+        ("unet", {"sample_size": 0}, "no sample_size"),
+        ("scheduler", {"_class_name": "EDMEulerScheduler"}, "states no noise schedule"),
+        ("scheduler", {"trained_betas": [0.1] * 5}, "has 5 betas for 1000 timesteps"),
+        ("scheduler", {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True,
+                       "prediction_type": "flow_prediction"}, "for flow matching"),
+    ],
+)  # fmt: skip
+def test_configurations_that_make_no_sense(copy, part, setting, pattern):
+    folder = copy()
+    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    found = json.loads(file.read_text()) | setting
+    if setting.get("_class_name") == "EDMEulerScheduler":
+        found = setting
+        index = folder / "model_index.json"
+        known = json.loads(index.read_text())
+        index.write_text(json.dumps(known | {"scheduler": ["diffusers", "EDMEulerScheduler"]}))
+    elif "_class_name" in setting:
+        index = folder / "model_index.json"
+        known = json.loads(index.read_text())
+        index.write_text(json.dumps(known | {"scheduler": ["diffusers", setting["_class_name"]]}))
+    file.write_text(json.dumps(found))
+    refused(pattern, folder)
+
+
+def test_no_config(copy):
+    folder = copy()
+    (folder / "text_encoder/config.json").unlink()
+    refused("text_encoder has no config.json", folder)
+
+
+def test_variants_that_are_not_read(copy):
+    folder = copy()
+    (folder / UNET).rename(folder / "unet/diffusion_pytorch_model.non_ema.safetensors")
+    refused("holds only diffusion_pytorch_model.non_ema.safetensors", folder)
+
+
+def test_a_vae_that_scales_otherwise(copy, folders):  # noqa: F811
+    other = copy() / "vae"
+    file = other / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 0.13025}))
+    refused("scaling_factor is 0.13025, the pipeline's own has 0.18215", folders("sd14"), vae=other)
+
+
+def test_places_of_a_vae(folders, tmp_path):  # noqa: F811
+    refused("no VAE at .*: there is no such file or folder", folders("sd14"), vae=tmp_path / "x")
+    whole = memlib.load(folders("sd14"), vae=folders("sd14"))  # a pipeline's
+    x = torch.randn(1, *whole.latent_shape)
+    assert (whole.decode(x) == memlib.load(folders("sd14")).decode(x)).all()
+    save_file({"lora_unet_down.lora_up.weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
+    refused("is no VAE of Stable Diffusion", folders("sd14"), vae=tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("more", "pattern"),
+    [
+        ({"lora_unet_x.lora_up.weight": torch.zeros(2)}, "1 weights beside the model"),
+        ({"control_model.input_hint.weight": torch.zeros(2)}, "1 weights beside the model"),
+        ({"v_pred": torch.zeros(0)}, "says that it predicts v"),
+        ({"alphas_cumprod": torch.linspace(1, 0.1, 1000)}, "another noise schedule"),
+    ],
+)
+def test_what_else_one_file_says(single, folders, tmp_path, more, pattern):  # noqa: F811
+    save_file(load_file(single("sd14")) | more, tmp_path / "x.safetensors")
+    refused(pattern, tmp_path / "x.safetensors", config=folders("sd14"))
+
+
+def test_what_one_file_may_hold(single, folders, tmp_path):  # noqa: F811
+    """Its own schedule where it is the configuration's, averages, and parts that are not read."""
+    schedule = StableDiffusionPipeline.from_pretrained(folders("sd14")).scheduler.alphas_cumprod
+    more = {
+        "alphas_cumprod": schedule.clone(), "model_ema.decay": torch.zeros(1),
+        "first_stage_model.loss.logvar": torch.zeros(1),
+        "cond_stage_model.transformer.text_projection.weight": torch.zeros(2),
+        "cond_stage_model.logit_scale": torch.zeros(1),
+    }  # fmt: skip
+    save_file(load_file(single("sd14")) | more, tmp_path / "x.safetensors")
+    model = memlib.load(tmp_path / "x.safetensors", config=folders("sd14"))
+    expected = memlib.load(folders("sd14")).encode_text(CAPTIONS)[0]
+    assert torch.equal(model.encode_text(CAPTIONS)[0], expected)
+
+
+def test_one_file_with_the_names_of_newer_transformers(single, folders, tmp_path):  # noqa: F811
+    tensors = {
+        k.replace("transformer.text_model.", "transformer."): v
+        for k, v in load_file(single("sd14")).items()
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    refused("under names that are not SD's", tmp_path / "x.safetensors", config=folders("sd14"))
+
+
+def test_options_that_say_nothing(folders, tmp_path):  # noqa: F811
+    refused("the exact model has no timestep_spacing", "exact", timestep_spacing="trailing")
+    refused("the exact model has no vae", "exact", vae="nonsense")
+    refused("unknown config 'nonsense'; valid are sd14, sd21, sd21-base",
+            shapes(tmp_path / "a.safetensors"), config="nonsense")  # fmt: skip
+    refused("inner products need float64", folders("sd14"), device="mps")
+    (tmp_path / "MODEL.SAFETENSORS").write_bytes(b"x")
+    refused("must end in .safetensors", tmp_path / "MODEL.SAFETENSORS")
+
+
+def test_a_folder_called_like_a_file(folders, tmp_path):  # noqa: F811
+    folder = shutil.copytree(folders("sd14"), tmp_path / "model.safetensors")
+    assert memlib.load(folder).source == "model.safetensors"
+
+
+def test_pictures_that_are_not_finite(folders, monkeypatch):  # noqa: F811
+    model = memlib.load(folders("sd14"))
+    with torch.no_grad():
+        model.vae.decoder.conv_out.bias.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="pictures of .* are not finite"):
+        model.decode(torch.randn(1, *model.latent_shape))
+
+
+def test_thresholding_is_refused(copy):
+    folder = copy()
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"thresholding": True}))
+    with pytest.raises(ValueError, match="dynamic thresholding"):
+        ours(memlib.load(folder), CAPTIONS[:1], "ddim", 7.5)
