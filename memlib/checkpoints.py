@@ -108,8 +108,9 @@ def quiet():
 def packages() -> None:
     """Import what reads weights, so that a fault of a package is not said to be a model's."""
     try:
-        from diffusers import StableDiffusionPipeline  # noqa: F401
-        from transformers import CLIPTextModel  # noqa: F401
+        with quiet():
+            from diffusers import StableDiffusionPipeline  # noqa: F401
+            from transformers import CLIPTextModel  # noqa: F401
     except (ImportError, RuntimeError) as error:  # the latter of diffusers' late imports
         raise ImportError(f"diffusers cannot be used here: {first_line(error)}") from error
 

@@ -171,7 +171,7 @@ def test_an_external_vae(folders, tmp_path):
     assert (plain.decode(x) != other.decode(x)).any()
     assert plain.fingerprint != other.fingerprint
     with pytest.raises(ModelError, match=r"the VAE .* cannot be loaded"):
-        memlib.load(folders("sd14"), vae=folders("sd14"))
+        memlib.load(folders("sd14"), vae=folders("sd14") / "unet")
 
 
 # ------------------------------------------------------------------------------- half precision

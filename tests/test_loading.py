@@ -758,7 +758,7 @@ def test_pictures_that_are_not_finite(folders, monkeypatch):  # noqa: F811
     model = memlib.load(folders("sd14"))
     with torch.no_grad():
         model.vae.decoder.conv_out.bias.fill_(float("inf"))
-    with pytest.raises(FloatingPointError, match="pictures of .* are not finite"):
+    with pytest.raises(FloatingPointError, match=r"pictures of .* are not finite"):
         model.decode(torch.randn(1, *model.latent_shape))
 
 
@@ -768,3 +768,12 @@ def test_thresholding_is_refused(copy):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"thresholding": True}))
     with pytest.raises(ValueError, match="dynamic thresholding"):
         ours(memlib.load(folder), CAPTIONS[:1], "ddim", 7.5)
+
+
+def test_loading_is_silent():
+    """In a process of its own: nothing is imported yet, and transformers gives advice then."""
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", "import memlib; memlib.load('lab')"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout + run.stderr == ""
