@@ -14,6 +14,7 @@ import tarfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -42,6 +43,8 @@ FORMATS = {
     "PPM": (rb"P[1-6]\s", (".ppm", ".pgm", ".pbm", ".pnm")),
 }
 ENDINGS = tuple(ending for _, endings in FORMATS.values() for ending in endings)
+BESIDE = (".json", ".txt")  # of these endings is what says whose a picture is
+PACKS = (".tar", ".tar.gz", ".tgz", ".zip", ".parquet")
 SET_ASIDE = "set-aside"  # a folder of placeholders beside downloaded pictures
 
 
@@ -179,47 +182,69 @@ def pictures_below(folder: Path) -> list[Path]:
 def find_images(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """Give each row the picture in `folder`, or below it, that is named after it, if it is one.
 
-    A picture is named by `prompt_id`, or by an `index` that stands once, plain or with leading
-    zeros; in a list that has neither, by the row's number from 0. Where img2dataset left a
-    ``12.json`` beside ``12.jpg``, the address or caption in it says whose the picture is: there 12
-    is a row of the list that was downloaded. Of several files the first whole one is taken. What is
-    broken, tiny, a page of HTML or a placeholder is set aside: `image` is "" and `image_note` says
-    why. One picture for several prompts is judged by `one_for_many`; to use it all the same, name
-    it in the manifest's column `image`.
+    A row that has an `image` keeps it. A picture is named by `prompt_id`, or by an `index` that
+    stands once: as it is, with or without its ending and folder, or else with leading zeros; in a
+    list that has neither, by the row's number from 0, or from 1 where the highest is the last
+    row's and there is no 0. Where img2dataset left a ``12.json`` beside ``12.jpg``, the address or
+    caption in it says whose the picture is: there 12 is a row of the list that was downloaded. So
+    does a ``12.txt`` that holds a caption of this list. Of several files the first whole one is
+    taken. What is broken, tiny, a page of HTML or a placeholder is set aside: `image` is "" and
+    `image_note` says why. One picture for several prompts is judged by `one_for_many`; to use it
+    all the same, name it in the manifest's column `image`.
     """
     from memlib.checksums import sha256
     from memlib.fetch import check_image
 
-    files, told = defaultdict(list), {}
+    captions = {caption.strip(): caption for caption in table.caption}
+    files, plain, told = defaultdict(list), defaultdict(list), {}
     for file in pictures_below(folder):
-        files[_plain_number(file.stem)].append(file)
-        told[file] = _sidecar(file)
+        place = file.relative_to(folder)
+        for name in {place.stem, place.name, place.with_suffix("").as_posix(), place.as_posix()}:
+            files[name].append(file)
+        plain[_plain_number(file.stem)].append(file)
+        told[file] = _sidecar(file, captions)
     described = defaultdict(list)
     for file, (url, caption) in told.items():
         described["url", url].append(file)
         described["caption", caption].append(file)
+    none = "no picture" if told else f"no picture{_archives(folder)}"
     ids = table.prompt_id
     numbers = table["index"].map(index_text) if "index" in table else ids
     numbers = numbers.where(~numbers.duplicated(keep=False), ids)
     if (ids == "").all():
-        ids = numbers = pd.Series([str(n) for n in range(len(table))], table.index)
+        start = _first_number([file.stem for file in told if not any(told[file])], len(table))
+        if start is None:
+            none = f"no picture: are they counted from 0 or from 1? None is 0 or {len(table)}"
+        else:
+            ids = pd.Series([str(start + n) for n in range(len(table))], table.index)
+        numbers = ids
+    taken = {*ids, *numbers}
     urls = table["url"] if "url" in table else [""] * len(table)
     urls = [url if isinstance(url, str) else "" for url in urls]
+    own = list(table["image"]) if "image" in table else [""] * len(table)
     images, notes = [], []
-    for url, caption, *names in zip(urls, table.caption, ids, numbers, strict=True):
+    for image, url, caption, *names in zip(own, urls, table.caption, ids, numbers, strict=True):
+        if image:
+            images.append(image)
+            notes.append("")
+            continue
         found = described["url", url] if url else []
         found = found + [
             f for f in described["caption", caption] if caption and not (url and told[f][0])
         ]
+        note = none
         for name in filter(None, names):
-            for file in files.get(_plain_number(name), ()):
+            padded = [f for f in plain.get(_plain_number(name), ()) if f.stem not in taken]
+            for file in files.get(name, padded):
                 said = [(a, b) for a, b in zip(told[file], (url, caption), strict=True) if a and b]
                 if not said or any(a == b for a, b in said):
                     found.append(file)
+                else:
+                    note = "no picture: the JSON or text beside the one of its name is of another"
         reasons = {file: check_image(file) for file in dict.fromkeys(found)}
         whole = [file for file, reason in reasons.items() if reason is None]
         images.append(str(whole[0].resolve()) if whole else "")
-        notes.append("" if whole else next(iter(reasons.values()), "no picture"))
+        notes.append("" if whole else next(iter(reasons.values()), note))
     table = table.assign(image=images, image_note=notes)
     groups, rows = near_duplicates(table), {}
     for n, (image, url) in enumerate(zip(images, urls, strict=True)):
@@ -227,9 +252,28 @@ def find_images(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
             rows[n] = (sha256(Path(image)), url or f"row {n}", groups[n])
     labels = [name or f"row {n + 1}" for n, name in enumerate(table.prompt_id)]
     for n, (others, placeholder) in one_for_many(rows).items():
-        if placeholder:
+        if placeholder and not own[n]:
             images[n], notes[n] = "", shared_note(labels[other] for other in others)
     return table.assign(image=images, image_note=notes)
+
+
+def _first_number(stems: Iterable[str], rows: int) -> int | None:
+    """What the first of a list's pictures is numbered; None where that cannot be told."""
+    numbers = {int(n) for n in map(_plain_number, stems) if n.isdecimal()}
+    if not numbers or 0 in numbers:
+        return 0
+    return 1 if max(numbers) == rows else None
+
+
+def _archives(folder: Path) -> str:
+    """What to do with the archives in a folder, as img2dataset leaves them; "" if it has none."""
+    names = [f.name for f in folder.rglob("*") if f.name.lower().endswith(PACKS)]
+    if not names:
+        return ""
+    return (
+        f": the folder holds archives ({short(min(names), 40)}); unpack them, or take them into a "
+        "published list by memlib fetch LIST --images ARCHIVE (zip or tar)"
+    )
 
 
 def _plain_number(name: object) -> str:
@@ -238,14 +282,19 @@ def _plain_number(name: object) -> str:
     return number[1] if number else str(name)
 
 
-def _sidecar(file: Path) -> tuple[str, str]:
-    """The address and caption that img2dataset wrote into the JSON file beside a picture."""
-    try:
+def _sidecar(file: Path, captions: dict[str, str]) -> tuple[str, str]:
+    """A picture's address and caption by img2dataset's JSON file, or its caption by a text file.
+
+    The text of a text file counts only where it is one of `captions`.
+    """
+    told, text = None, ""
+    with suppress(OSError, ValueError):
         told = json.loads(file.with_suffix(".json").read_bytes())
-    except (OSError, ValueError):
-        told = None
+    with suppress(OSError, ValueError):
+        text = file.with_suffix(".txt").read_text("utf-8-sig").strip()
     told = told if isinstance(told, dict) else {}
-    return tuple(v if isinstance(v := told.get(k), str) else "" for k in ("url", "caption"))
+    url, caption = (v if isinstance(v := told.get(k), str) else "" for k in ("url", "caption"))
+    return (url, caption) if url or caption else ("", captions.get(text, ""))
 
 
 def one_for_many(
@@ -300,18 +349,20 @@ def shared_note(others: Iterable[str]) -> str:
 
 
 def copy_pictures(source: Path, folder: Path) -> int:
-    """Copy the pictures in a folder and below it, and what img2dataset says of them; how many.
+    """Copy the pictures in a folder and below it, and what is said beside them; how many.
 
     Raises
     ------
     ValueError
-        `folder` is `source` or lies in it.
+        `folder` is `source` or lies in it, or `source` holds archives and no pictures.
     """
     if folder.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"the images are to be copied to {folder}, which is in {source} itself")
     found = pictures_below(source)
+    if not found and (archives := _archives(source)):
+        raise ValueError(f"no picture in {short(source)}{archives}")
     for file in found:
-        for part in (file, file.with_suffix(".json")):
+        for part in (file, *map(file.with_suffix, BESIDE)):
             if part.is_file():
                 target = folder / part.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -322,8 +373,8 @@ def copy_pictures(source: Path, folder: Path) -> int:
 def unpack(archive: Path, folder: Path, max_bytes: int = 30_000_000) -> int:
     """Copy the pictures of a zip or tar archive into one flat folder; return how many.
 
-    Only regular files with a picture's ending and of at most `max_bytes`, and the JSON files of
-    img2dataset, are taken, by their bare names: no path of the archive is followed.
+    Only regular files with a picture's ending and of at most `max_bytes`, and JSON and text
+    files, are taken, by their bare names: no path of the archive is followed.
 
     Raises
     ------
@@ -339,7 +390,7 @@ def unpack(archive: Path, folder: Path, max_bytes: int = 30_000_000) -> int:
         picture = name.lower().endswith(ENDINGS)
         if handle is None or size > max_bytes or name.startswith("."):
             return
-        if not picture and not name.lower().endswith(".json"):
+        if not picture and not name.lower().endswith(BESIDE):
             return
         partial = folder / f"{name}.partial"
         with partial.open("wb") as out:

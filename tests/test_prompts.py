@@ -190,6 +190,78 @@ def test_rows_without_ids_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("123", "123"), ("012", "012"), ("01", ["0", "1", ""]), ("0123", "012"),
+        ("3", ["", "", "3"]), ("12", None), ("1234", None), ("2", None),
+    ],
+)  # fmt: skip
+def test_rows_without_ids_are_counted_from_0_or_1(tmp_path, names, expected):
+    for n in names:
+        noise(int(n), tmp_path / f"{n}.png")
+    stems, notes = found({"prompt_id": [""] * 3, "caption": list("abc")}, tmp_path)
+    assert stems == ([f"{n}.png" if n else "" for n in expected] if expected else [""] * 3)
+    if expected is None:
+        assert notes == ["no picture: are they counted from 0 or from 1? None is 0 or 3"] * 3
+
+
+@pytest.mark.parametrize(
+    ("ids", "files", "expected"),
+    [
+        (["1", "2"], ["001.png", "1.png", "02.png"], ["1.png", "02.png"]),
+        (["007", "7"], ["007.png", "7.png"], ["007.png", "7.png"]),
+        (["007", "7"], ["7.png"], ["", "7.png"]),
+        (["dog.png", "x/y"], ["dog.png", "x/y.png", "z/y.png"], ["dog.png", "x/y.png"]),
+        (["a/1", "b/1.png"], ["a/1.png", "b/1.png"], ["a/1.png", "b/1.png"]),
+    ],
+)
+def test_the_name_as_it_is_goes_before_leading_zeros(tmp_path, ids, files, expected):
+    for n, file in enumerate(files):
+        noise(n, tmp_path / file)
+    assert found({"prompt_id": ids, "caption": ["a", "b"]}, tmp_path)[0] == expected
+
+
+def test_a_folder_fills_in_what_the_manifest_does_not_name(tmp_path):
+    for n, name in enumerate(("own.png", "in/1.png", "in/2.png")):
+        noise(n, tmp_path / name)
+    shutil.copy(tmp_path / "own.png", tmp_path / "in/4.png")
+    text = "prompt_id,caption,image\n1,a,own.png\n2,b,\n3,c,own.png\n4,d,\n"
+    (tmp_path / "list.csv").write_text(text)
+    pairs = memlib.load_pairs(tmp_path / "list.csv", tmp_path / "in")
+    assert [Path(i).name for i in pairs.image] == ["own.png", "2.png", "own.png", ""]
+    assert list(pairs.image_note[:3]) == [""] * 3
+    assert pairs.image_note[3].startswith("a placeholder")
+
+
+def test_a_text_beside_a_picture_may_say_whose_it_is(tmp_path):
+    texts = {"12": "b\n", "13": "a", "14": "a picture of something", "15": "d", "16": ""}
+    for n, (name, text) in enumerate(texts.items()):
+        noise(n, tmp_path / f"in/{name}.png")
+        (tmp_path / f"in/{name}.txt").write_text(text)
+    assert found(FOUR, tmp_path / "in")[0] == ["13.png", "12.png", "14.png", "15.png"]
+    lists.copy_pictures(tmp_path / "in", tmp_path / "copy")
+    (tmp_path / "copy/13.png").unlink()
+    (tmp_path / "copy/16.json").write_text('{"caption": "z"}')
+    rows = {"prompt_id": ["12", "13", "16"], "caption": list("abc")}
+    names, notes = found(rows, tmp_path / "copy")
+    assert names == ["", "12.png", ""]
+    other = "no picture: the JSON or text beside the one of its name is of another"
+    assert notes[::2] == [other, other]
+
+
+@pytest.mark.parametrize("name", ["00000.tar", "deep/er/00000.parquet", "x.ZIP"])
+def test_a_folder_of_archives_is_said_to_be_one(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    note = f"no picture: the folder holds archives ({Path(name).name}); unpack them, or "
+    assert all(n.startswith(note) and len(n) < 300 for n in found(FOUR, tmp_path)[1])
+    with pytest.raises(ValueError, match=r"no picture in .*: the folder holds archives"):
+        lists.copy_pictures(tmp_path, tmp_path.parent / "copy")
+    noise(0, tmp_path / "00000/12.jpg")  # then it is img2dataset's table of what it downloaded
+    assert found(FOUR, tmp_path)[1] == ["", *["no picture"] * 3]
+
+
+@pytest.mark.parametrize(
     ("captions", "urls", "kept"),
     [
         (["a cat", "two dogs", "x"], None, False),
@@ -246,7 +318,7 @@ def test_archives(tmp_path, kind):
             pack.addfile(link)
     folder = tmp_path / "out" / "images"
     assert lists.unpack(archive, folder, max_bytes=len(picture)) == 2
-    assert {p.name for p in folder.iterdir()} == {"7.png", "evil.png", "7.json"}
+    assert {p.name for p in folder.iterdir()} == {"7.png", "evil.png", "7.json", "notes.txt"}
     assert not list(tmp_path.glob("*.png"))
     assert not list((tmp_path / "out").glob("*.png"))
     assert (folder / "7.png").read_bytes() == picture
