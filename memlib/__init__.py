@@ -1,26 +1,41 @@
-"""The instruments of the executable book *How Diffusion Models Memorize*."""
+"""The instruments of the executable book *How Diffusion Models Memorize*.
 
-from memlib.cache import recorded
-from memlib.findings import (
-    deviations,
-    image_error,
-    noise_loss,
-    overestimation,
-    reference_weights,
-    spread,
-    weights,
-    x0_hat,
-)
-from memlib.gram import cosine, inner, norm
-from memlib.models import ExactModel, load
-from memlib.pairs import load_pairs
-from memlib.record import record
-from memlib.sample import forward_trace, reverse_trace
-from memlib.severity import severity as similarity
-from memlib.store import open_run, verify
+A name is loaded when it is first used: what needs no torch does not wait for it.
+"""
 
-__all__ = [
-    "ExactModel", "cosine", "deviations", "forward_trace", "image_error", "inner", "load",
-    "load_pairs", "noise_loss", "norm", "open_run", "overestimation", "record", "recorded",
-    "reference_weights", "reverse_trace", "similarity", "spread", "verify", "weights", "x0_hat",
-]  # fmt: skip
+from importlib import import_module
+
+PLACES = {
+    "cache": "recorded",
+    "findings": "deviations image_error noise_loss overestimation reference_weights spread weights "
+    "x0_hat",
+    "gram": "cosine inner norm",
+    "models": "ExactModel load",
+    "pairs": "load_pairs",
+    "recording": "record",
+    "sample": "forward_trace reverse_trace",
+    "store": "open_run verify",
+}
+HOMES = {name: module for module, names in PLACES.items() for name in names.split()}
+
+__all__ = [*HOMES, "similarity"]
+
+
+def __getattr__(name: str):
+    if name == "similarity":
+        value = import_module("memlib.severity").severity
+    elif name in HOMES:
+        value = getattr(import_module(f"memlib.{HOMES[name]}"), name)
+    else:
+        try:
+            return import_module(f"memlib.{name}")  # a module
+        except ModuleNotFoundError as error:
+            if error.name != f"memlib.{name}":
+                raise
+            raise AttributeError(f"module 'memlib' has no attribute {name!r}") from None
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

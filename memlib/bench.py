@@ -40,7 +40,7 @@ import memlib
 from memlib import claims, cost
 from memlib.answers import unwrapped
 from memlib.gram import VECTORS
-from memlib.record import Job, Processes, cores, identity
+from memlib.recording import Job, Processes, cores, identity
 from memlib.sample import (
     _contract,
     _pair_distances,

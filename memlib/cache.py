@@ -19,7 +19,7 @@ from filelock import FileLock
 import memlib.pairs
 from memlib import gram, models, sample, schedule, severity
 from memlib.answers import unwrapped
-from memlib.record import identity, record
+from memlib.recording import identity, record
 from memlib.store import Run, StoreError, prompt_rows
 
 ROOT = Path(__file__).resolve().parents[1]

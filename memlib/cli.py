@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 from memlib.checkpoints import ALIASES, CHECKPOINTS
+from memlib.errors import first_line
 
 NAMES = (
     f"lab, exact, {', '.join(CHECKPOINTS)}, a Hub id owner/name[@revision], a diffusers folder or "
@@ -387,7 +388,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: what was complete is kept", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:
+    except ImportError as error:  # of a package's, perhaps over many lines
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -6,7 +6,7 @@ were asked for together. It is written apart, then moved into place, its checksu
 for each seed and variable, over the values) last: a piece without them does not count. What is to
 be recorded stands in ``plan.json``, kept twice; the rest of the header follows from it.
 
-`Run` knows nothing of models and samplers: `memlib.record` does the work.
+`Run` knows nothing of models and samplers: `memlib.recording` does the work.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ from test_store import same
 
 import memlib
 from memlib import cli, cost, models, sample
-from memlib.record import Here
+from memlib.recording import Here
 from memlib.store import StoreError
 
-record = sys.modules["memlib.record"]  # the name of the package's function, too
+record = sys.modules["memlib.recording"]
 PROMPTS = 3
 SMALL = dict(seeds=range(4), steps=3, severity="ncc", threads=1, progress=False)
 

@@ -121,3 +121,20 @@ TRANSFORMERS = "Could not import module 'CLIPImageProcessor'. Are this object's 
 )  # fmt: skip
 def test_the_cause_of_an_import_error_is_said(error, said):
     assert first_line(error) == said
+
+
+def test_a_missing_package_is_told_in_one_line(tmp_path):
+    """What diffusers needs and is not there, as httpx on some machines."""
+    (tmp_path / "diffusers").mkdir()
+    (tmp_path / "diffusers/__init__.py").write_text("import no_such_httpx\n")
+    command = [sys.executable, "-P", "-m", "memlib.cli", "trace", "--prompts=1", "--severity=ncc"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr == "error: No module named 'no_such_httpx'\n"
+
+
+def test_help_needs_no_torch():
+    code = "import sys, memlib.cli as c; c.parser(); print({'torch', 'diffusers'} & {*sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"

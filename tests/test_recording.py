@@ -18,9 +18,9 @@ from test_store import one_line, same
 import memlib
 from memlib import cli
 from memlib.models import ModelError
-from memlib.record import Here, LostWorkerError, OnRay, Processes
+from memlib.recording import Here, LostWorkerError, OnRay, Processes
 
-record = sys.modules["memlib.record"]  # the name of the package's function, too
+record = sys.modules["memlib.recording"]
 SEEDS, PROMPTS = 4, 6
 SMALL = dict(seeds=range(SEEDS), steps=3, severity="ncc", batch_size=4, threads=1, progress=False)
 COMMAND = f"trace --prompts {PROMPTS} --seeds {SEEDS} --steps 3 --severity ncc --batch-size 4"
