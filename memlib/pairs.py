@@ -119,17 +119,33 @@ def _read(file: Path) -> pd.DataFrame:
     text = data.decode("utf-16" if data[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig")
     if suffix in (".csv", ".tsv"):
         return _rename(_delimited(text, "\t" if suffix == ".tsv" else ",", where), where)
-    if text.lstrip()[:1] == "[":
-        rows = json.loads(text)
+    whole = json.loads(text) if text.lstrip()[:1] == "[" else _object(text)
+    if isinstance(whole, list):
+        rows = whole
+    elif isinstance(whole, dict) and _by_columns(whole):  # as pandas' to_json writes it
+        columns = (column.values() for column in whole.values())
+        rows = [dict(zip(whole, row, strict=True)) for row in zip(*columns, strict=True)]
     else:
         rows = [_object(line) for line in text.split("\n") if line.strip()]
     for n, row in enumerate(rows):
         if not isinstance(row, dict):
             raise PairsError(f"{where}, row {n + 1} is no JSON object with a caption")
+        for item in row.items():
+            if re.search("[\ud800-\udfff]", json.dumps(item, ensure_ascii=False)):
+                raise PairsError(
+                    f"{where}, row {n + 1}: half a character (a lone surrogate) in the "
+                    f"{short(item[0])} {short(item[1])!r}"
+                )
     table = pd.DataFrame(rows, dtype=object)  # an index stays whole where another row has none
     others = [c for c in table if c.strip().lower() not in TEXTS]
     table[others] = table[others].infer_objects()
     return _rename(table, where)
+
+
+def _by_columns(whole: dict) -> bool:
+    """Whether it holds a table's columns, each with the same rows by their numbers."""
+    rows = [tuple(v) if isinstance(v, dict) else () for v in whole.values()]
+    return len(set(rows)) == 1 and all(row.isdecimal() for row in rows[0]) and rows[0] != ()
 
 
 def _object(line: str):
@@ -281,7 +297,13 @@ def _caption(value, where: str) -> str:
 def _image(value, file: Path, where: str) -> str:
     """The path of a row's picture: relative to the manifest, or where its bytes are kept."""
     if isinstance(value, dict) and not isinstance(value.get("bytes"), str):
-        value = value.get("bytes") or value.get("path")  # as in data sets of the Hub
+        keys = ("bytes", "path", "url", "src")  # as in data sets of the Hub and its viewer
+        value = next(filter(None, map(value.get, keys)), None)
+    if isinstance(value, str) and re.match(r"\s*(\w\w+://|data:)", value):
+        raise PairsError(
+            f"{where}: the image is an address, {short(value)!r}: download it and name its file, "
+            "or call the column 'url' and give the folder of the pictures (images=, by id)"
+        )
     if isinstance(value, bytes):
         return str(_keep(value))
     if isinstance(value, NO_TEXT) or "\0" in str(value):

@@ -225,6 +225,7 @@ LISTS = [  # name, text, caption and prompt_id of the rows
     ("mark.jsonl", '\ufeff{"caption": "a", "index": 3}\n', ["a"], ["3"]),
     ("array.json", '[{"Caption": "a", "Index": 3},\n {"Caption": "b", "Index": 4}]', ["a", "b"],
      ["3", "4"]),
+    ("pandas.json", '{"caption":{"0":"a","1":"b"},"index":{"0":7,"1":8}}', ["a", "b"], ["7", "8"]),
     ("lines.json", '{"caption": "a\u2028b"}\n\n{"caption": ["c"]}\n', ["a\u2028b", "c"], None),
     ("gap.csv", "caption,index\na,12\nb,\nc,14.0\n", ["a", "b", "c"], ["12", "", "14"]),
     ("gap.jsonl", '{"caption": "a", "index": 9007199254740993}\n{"caption": "b"}\n', ["a", "b"],
@@ -239,6 +240,15 @@ def test_lists_as_others_write_them(tmp_path, name, text, captions, ids):
     assert list(pairs.caption) == captions
     for found, wanted in zip(pairs.prompt_id, ids or [""] * len(captions), strict=True):
         assert re.fullmatch(wanted or r"([a-z0-9]+-)*[0-9a-f]{8}", found)
+
+
+@pytest.mark.parametrize("index", [["index"], ["caption"], ["index", "caption"]])
+def test_columns_that_were_made_the_index(tmp_path, index):
+    table = pd.DataFrame({"caption": ["a", "b"], "index": [7, 8], "kind": ["x", "y"]})
+    table.set_index(index).to_parquet(tmp_path / "p.parquet")
+    pairs = memlib.load_pairs(tmp_path / "p.parquet")
+    assert list(pairs.prompt_id) == ["7", "8"]
+    assert list(pairs.caption) == ["a", "b"]
 
 
 def test_a_list_from_a_spreadsheet(tmp_path):
@@ -259,10 +269,23 @@ def test_kinds_of_another_list_keep_their_words(tmp_path):
         ('{"caption": {"en": "a"}}', "no text but dict"),
         ('{"caption": "a"}\n["b"]', "row 2 is no JSON object"),
         ('{"caption": "a"}\n{"caption"', "row 2 is no JSON object"),
+        ('[{"caption": "a"},', "cannot be read: Expecting value"),
+        ('{"caption": {"0": "a", "1": "b"}, "kind": {"0": "x"}}', "no text but dict"),
         ('[{"caption": "a"}, 3]', "row 2 is no JSON object"),
         ('{"caption": "a", "url": ["u"]}', "the url is no text but list"),
         ('{"caption": "a", "image": {"bytes": "' + "QUJD" * 9999 + '"}}', "no path but dict"),
         ('{"caption": "a", "image": "a\\u0000b"}', "no path"),
+        ('{"caption": "a"}\n{"caption": "b \\ud83d"}', "row 2: half a character .* the caption 'b"),
+        ('{"caption": "a", "kind": "\\udc00"}', "row 1: half a character .* in the kind"),
+        ('{"caption": "a", "image": "\\udc00"}', "row 1: half a character .* in the image"),
+        ('{"caption": "a", "image": "https://e.com/x.png"}', "an address, 'https://e.com/x.png'"),
+        (
+            '{"caption": "a", "image": {"url": "HTTP://e.com/x.png"}}',
+            "row 1: the image is an address",
+        ),
+        ('{"caption": "a", "image": {"src": "http://e.com/x"}}', "row 1: the image is an address"),
+        ('{"caption": "a", "image": "s3://' + "x" * 500 + '"}', "the image is an address"),
+        ('{"caption": "a", "image": "data:image/png;base64,QUJD"}', "the image is an address"),
     ],
 )
 def test_broken_json(tmp_path, text, pattern):
