@@ -159,17 +159,21 @@ def _delimited(text: str, default: str, where: str) -> pd.DataFrame:
     Row numbers before the caption that have no name (as R writes them), an empty field at the end
     of every row, and blank rows at the end of the file are left out.
     """
-    if told := re.match(r"sep=(.)[\r\n]+", text, re.I):  # a line for Excel
+    if told := re.match(r"sep=(.)(?=[\r\n])", text, re.I):  # a line for Excel
         text, default = text[told.end() :], told[1]
     separator = default if told else _separator(text, default)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    header = next(reader, [])
-    lines, rows = [], []
-    for row in reader:
-        rows.append(row)
-        lines.append(reader.line_num)
-    while rows and not any(rows[-1]):
-        rows.pop()
+    csv.field_size_limit(2**31 - 1)  # a list may hold pictures as text in a column of its own
+    reader = csv.reader(io.StringIO(f"{text}\nend", newline=""), delimiter=separator)
+    read = [(reader.line_num, row) for row in reader]
+    if read.pop()[1] != ["end"]:
+        line = read[-1][0] + 1 if read else 1
+        raise PairsError(f"{where} has a quote that is not closed, in the row from line {line} on")
+    while read and not any(read[-1][1]):
+        read.pop()
+    while read and not read[0][1]:
+        read.pop(0)
+    header = read.pop(0)[1] if read else []
+    rows = [row for _, row in read]
     names, width = [name.strip().lower() for name in header], len(header)
     count = [row[0] for row in rows if len(row) == width + 1]
     if names[:1] == ["caption"] and count in (
@@ -178,7 +182,7 @@ def _delimited(text: str, default: str, where: str) -> pd.DataFrame:
         rows = [row[1:] for row in rows]
     if all(len(row) > width and not any(row[width:]) for row in rows):
         rows = [row[:width] for row in rows]
-    for line, row in zip(lines, rows, strict=False):
+    for (line, _), row in zip(read, rows, strict=True):
         if len(row) > width:
             mark = {",": "comma", ";": "semicolon", "\t": "tab"}.get(separator, separator)
             raise PairsError(
@@ -203,7 +207,8 @@ def _separator(text: str, default: str) -> str:
     """
 
     def fits(separator: str) -> tuple[bool, int]:
-        header = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        header = next(filter(None, reader), [])
         return "caption" in [name.strip().lower() for name in header], len(header)
 
     return max(dict.fromkeys((default, ",", ";", "\t")), key=fits)  # the first of equals
