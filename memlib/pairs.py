@@ -59,8 +59,8 @@ def load_pairs(source: str | Path = "lab", images: str | Path | None = None) -> 
         of the Hub (it is kept in the data folder by its checksum). A row without an id gets one
         (`name_rows`).
     images : a folder of training images named after `prompt_id` or `index`, see
-        `lists.find_images`. For a named list by default where ``memlib fetch`` puts them. What is
-        missing, broken or a placeholder is set aside: `image` is "" and `image_note` says why.
+        `lists.find_images`; a row that names its picture keeps it. For a named list by default
+        where ``memlib fetch`` puts them. What is missing, broken or a placeholder is set aside: `image` is "" and `image_note` says why.
 
     Returns
     -------
@@ -159,11 +159,13 @@ def _delimited(text: str, default: str, where: str) -> pd.DataFrame:
     Row numbers before the caption that have no name (as R writes them), an empty field at the end
     of every row, and blank rows at the end of the file are left out.
     """
+    if "\n" not in text:
+        text = text.replace("\r", "\n")  # as old Macs end their lines
     if told := re.match(r"sep=(.)(?=[\r\n])", text, re.I):  # a line for Excel
         text, default = text[told.end() :], told[1]
     separator = default if told else _separator(text, default)
     csv.field_size_limit(2**31 - 1)  # a list may hold pictures as text in a column of its own
-    reader = csv.reader(io.StringIO(f"{text}\nend", newline=""), delimiter=separator)
+    reader = csv.reader(io.StringIO(f"{text}\nend"), delimiter=separator)
     read = [(reader.line_num, row) for row in reader]
     if read.pop()[1] != ["end"]:
         line = read[-1][0] + 1 if read else 1
@@ -207,7 +209,7 @@ def _separator(text: str, default: str) -> str:
     """
 
     def fits(separator: str) -> tuple[bool, int]:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        reader = csv.reader(io.StringIO(text), delimiter=separator)
         header = next(filter(None, reader), [])
         return "caption" in [name.strip().lower() for name in header], len(header)
 

@@ -159,6 +159,7 @@ def manifest(tmp_path, text, encoding="utf-8"):
         ("sep=;\ncaption\na;b", "utf-8", "columns in line 3: quote captions that hold a semicolon"),
         ('caption\na\n"b\nc\nd\n', "utf-8", "a quote that is not closed, in the row from line 3"),
         ('caption,"kind\na,b\n', "utf-8", "a quote that is not closed, in the row from line 1"),
+        ("caption,index\na\rb,7\nc,8\n", "utf-8", "cannot be read: new-line character"),
         ("caption\n1, two\n3, four\n", "utf-8", "columns in line 2: quote"),
         ("kind;caption\nx;a;b\ny;c;d\n", "utf-8", "quote captions that hold a semicolon"),
         ("Caption,CAPTION\na,b\n", "utf-8", "the column 'caption' twice"),
