@@ -60,7 +60,8 @@ def load_pairs(source: str | Path = "lab", images: str | Path | None = None) -> 
         (`name_rows`).
     images : a folder of training images named after `prompt_id` or `index`, see
         `lists.find_images`; a row that names its picture keeps it. For a named list by default
-        where ``memlib fetch`` puts them. What is missing, broken or a placeholder is set aside: `image` is "" and `image_note` says why.
+        where ``memlib fetch`` puts them. What is missing, broken or a placeholder is set aside:
+        `image` is "" and `image_note` says why.
 
     Returns
     -------
