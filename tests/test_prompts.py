@@ -580,7 +580,7 @@ def test_two_lists_are_recorded_with_equal_settings(tmp_path, monkeypatch, capsy
     [
         (["trace", "--model", "sd"], "unknown model 'sd'"),
         (["trace", "--sampler", "dim", "--prompts", "1"], "did you mean 'ddim'"),
-        (["trace", "--prompts", "0"], "no prompt is left"),
+        (["trace", "--only-with-images", "--pairs", "list.csv"], "no prompt is left"),
         (["trace", "--pairs", "webster-sd21"], "memlib fetch webster-sd21"),
         (["trace", "--device", "cuda:7"], "torch finds no GPU here"),
         (["fetch", "webster-sd15"], "did you mean 'webster-sd"),
@@ -593,6 +593,8 @@ def test_two_lists_are_recorded_with_equal_settings(tmp_path, monkeypatch, capsy
 def test_wrong_commands(arguments, pattern, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("MEMLIB_DATA", str(tmp_path))
     monkeypatch.setenv("MEMLIB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("list.csv").write_text("caption\na\n")
     assert cli.main(arguments) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
