@@ -132,6 +132,11 @@ def checkpoint(name: str) -> Checkpoint | None:
     return Checkpoint(name, found[1], found[3] or "main", file=found[2] or "", half=found[2] or "")
 
 
+def at(known: Checkpoint, revision: str | None) -> Checkpoint:
+    """The same at another revision, whose checksum is not known."""
+    return replace(known, revision=revision, sha256="") if revision else known
+
+
 def local(name: str | Path, config: str | Path | None = None) -> Place:
     """A folder in the diffusers format, or one ``.safetensors`` file with a whole model."""
     path = LAB if str(name) == "lab" else Path(name)
@@ -565,8 +570,7 @@ def on_hub(known: Checkpoint, half: bool, own_vae: bool = True) -> Place:
 
 def download(name: str, revision: str | None = None, half: bool = False) -> list[Path]:
     """Bring the weights of a Hub model to this machine; return where they are."""
-    known = checkpoint(name)
-    known = replace(known, revision=revision) if revision else known
+    known = at(checkpoint(name), revision)
     paths = [_fetch(known, half, own_vae=not known.vae)]
     return paths + ([_fetch(_vae(known.vae), half=False, part="vae")] if known.vae else [])
 

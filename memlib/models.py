@@ -441,7 +441,7 @@ def load(
         dtype = "float16" if whole and torch.device(device).type == "cuda" else "float32"
     source = _source(name, known, revision, vae)
     if known:
-        known = replace(known, revision=revision) if revision else known
+        known = checkpoints.at(known, revision)
         known = replace(known, config=str(config)) if config else known
         vae = vae or known.vae
         card = _card(source)

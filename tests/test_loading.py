@@ -598,10 +598,12 @@ def test_a_pinned_sum(hub):  # noqa: F811
     script = """
 from memlib import checkpoints
 checkpoints.CHECKPOINTS["x"] = checkpoints.Checkpoint("X", "some/model", sha256="0" * 64)
+print(memlib.load("x", revision="main").source)  # another revision has another sum
 memlib.load("x")
 """
-    status, _, error = hub(script)
+    status, out, error = hub(script)
     assert status
+    assert out.strip() == "x@main"
     assert "is not the published one (its sha256 differs)" in error[0]
 
 
