@@ -18,6 +18,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from memlib.checksums import sha256
+from memlib.paths import cache_folder
 
 Tensors = dict[str, torch.Tensor]
 
@@ -39,8 +40,6 @@ class Remembering:
         self, name: str, exact: list, given: Tensors, answer: Callable[..., Tensors]
     ) -> Tensors:
         """`answer(model)`, from disk where the question was asked before."""
-        from memlib.cache import cache_folder
-
         given = {
             k: torch.as_tensor(v).detach().float().cpu().contiguous() for k, v in given.items()
         }

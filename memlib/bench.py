@@ -40,6 +40,7 @@ import memlib
 from memlib import claims, cost
 from memlib.answers import unwrapped
 from memlib.gram import VECTORS
+from memlib.paths import BENCH as RESULTS
 from memlib.recording import Job, Processes, cores, identity
 from memlib.sample import (
     _contract,
@@ -59,7 +60,6 @@ from memlib.schedule import (
 )
 from memlib.store import Run, prompt_rows
 
-RESULTS = Path(__file__).resolve().parents[1] / "data" / "bench.json"
 FIRSTS = (1, 2, 3, 5, 8, 10, 15, 20, 25, 30, 40)  # states that D1 is summed over, in parts
 T4 = int(15e9)  # bytes of a T4 that are free
 GRID = dict(prompts=436, seeds=50, steps=50)  # the paper's, for one model, sampler and scale

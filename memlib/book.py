@@ -30,7 +30,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-ROOT = Path(__file__).resolve().parents[1]
+from memlib.paths import ROOT
+
 PATHS = {"model", "pairs"}  # parameters that may hold a path
 LAB_NAMES = ("lab", "exact")
 NAMED = tomllib.loads(Path(__file__).with_name("checkpoints.toml").read_text())
@@ -205,7 +206,7 @@ def digest(root: Path, notebook, chosen: dict) -> str:
     """Hash of everything a chapter's outputs depend on."""
     code = [(c.source, c.metadata.get("tags")) for c in notebook.cells if c.cell_type == "code"]
     files = [*root.glob("memlib/**/*.py"), *root.glob("memlib/*.mplstyle")]
-    files += [root / "memlib/claims.toml", root / "data/lab/SHA256SUMS", root / "constraints.txt"]
+    files += [*root.glob("memlib/*.toml"), root / "data/lab/SHA256SUMS", root / "constraints.txt"]
     files = [path for path in files if path != root / "memlib/book.py"]
     if any("bench." in source for source, _ in code):
         files.append(root / "data/bench.json")

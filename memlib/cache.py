@@ -19,19 +19,9 @@ from filelock import FileLock
 import memlib.pairs
 from memlib import gram, models, sample, schedule, severity
 from memlib.answers import unwrapped
+from memlib.paths import cache_folder
 from memlib.recording import identity, record
 from memlib.store import Run, StoreError, prompt_rows
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def cache_folder() -> Path:
-    """``$MEMLIB_CACHE``, or ``_build/traces`` in a checkout, or ``~/.cache/memlib``."""
-    if "MEMLIB_CACHE" in os.environ:
-        return Path(os.environ["MEMLIB_CACHE"])
-    if (ROOT / "pyproject.toml").exists():
-        return ROOT / "_build" / "traces"
-    return Path.home() / ".cache" / "memlib"
 
 
 def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **settings):

@@ -16,9 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from memlib.checksums import sha256, verify
 from memlib.errors import first_line, nearest
+from memlib.paths import CONFIGS, LAB
 
-DATA = Path(__file__).resolve().parents[1] / "data"
-LAB, CONFIGS = DATA / "lab", DATA / "configs"
 SUPPORTED = "StableDiffusionPipeline with a U-Net that predicts epsilon, v or the sample"
 WEIGHTS = (".safetensors", ".json", ".txt")  # what makes a model what it is
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from memlib.checkpoints import ALIASES, CHECKPOINTS
 from memlib.errors import first_line
+from memlib.paths import cache_folder, data_folder
 
 NAMES = (
     f"lab, exact, {', '.join(CHECKPOINTS)}, a Hub id owner/name[@revision], a diffusers folder or "
@@ -95,13 +96,13 @@ def positive(text: str) -> int:
 
 def verify(options) -> int:
     """Compare recorded runs with their checksums; without an address, all that the book made."""
-    from memlib import cache, store
+    from memlib import store
 
     addresses = options.addresses or sorted(
-        str(f.parent) for f in cache.cache_folder().glob(f"*/{store.PLAN}")
+        str(f.parent) for f in cache_folder().glob(f"*/{store.PLAN}")
     )
     if not addresses:
-        print(f"no run in {cache.cache_folder()}")
+        print(f"no run in {cache_folder()}")
     reports = [store.verify(address) for address in addresses]
     for report in reports:
         print(report)
@@ -159,7 +160,7 @@ def fetch(options) -> None:
 
 def fetch_sscd(network, given: str | None) -> Path:
     """Bring an official SSCD; a checksum that was given is kept, to be asked for at each use."""
-    from memlib import fetch, lists
+    from memlib import fetch
 
     wanted = (given or network.sha256).lower()
     if not wanted:
@@ -169,7 +170,7 @@ def fetch_sscd(network, given: str | None) -> Path:
             f"{network.variable} and {network.variable}_SHA256"
         )
     file = fetch.file(network.url, network.path, sha256=wanted, max_bytes=network.size)
-    note = lists.data_folder(f"{network.file}.sha256")
+    note = data_folder(f"{network.file}.sha256")
     if wanted == network.sha256:
         note.unlink(missing_ok=True)
     else:
@@ -208,7 +209,7 @@ def doctor(_options) -> None:
 
     import torch
 
-    from memlib import cache, checkpoints, cost, lists, pairs, severity
+    from memlib import checkpoints, cost, lists, pairs, severity
 
     def line(name: str, text: str) -> None:
         print(f"  {name:<16} {text}")
@@ -231,7 +232,7 @@ def doctor(_options) -> None:
     else:
         line("GPU", "none found by torch; the lab needs none, Stable Diffusion does")
     line("CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
-    for name, folder in (("cache of traces", cache.cache_folder()), ("data", lists.data_folder())):
+    for name, folder in (("cache of traces", cache_folder()), ("data", data_folder())):
         existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
         line(name, f"{folder} ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)")
     print("Models")

@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 
 from memlib.errors import first_line, short
+from memlib.paths import data_folder
 
-ROOT = Path(__file__).resolve().parents[1]
 HUB = "https://huggingface.co/datasets/fraisdufour/templates-verbs/resolve/main"
 KINDS = {"MV": "memorized", "RV": "memorized", "TV": "template", "N": "control"}
 # Still pictures that Pillow reads and a training set may hold (no icons, no drawings of an editor):
@@ -71,17 +71,6 @@ LISTS = {
         "realistic_vision_sdv1_edge_groundtruth.parquet", "d4ce3781e41efb78289c936d87a79edf"
     ),
 }  # fmt: skip
-
-
-def data_folder(name: str = "") -> Path:
-    """``$MEMLIB_DATA``, or ``_build/data`` in a checkout, or ``~/.cache/memlib/data``."""
-    if "MEMLIB_DATA" in os.environ:
-        folder = Path(os.environ["MEMLIB_DATA"])
-    elif (ROOT / "pyproject.toml").exists():
-        folder = ROOT / "_build" / "data"
-    else:
-        folder = Path.home() / ".cache" / "memlib" / "data"
-    return folder / name
 
 
 def list_file(name: str) -> Path:

@@ -23,14 +23,14 @@ from memlib.errors import first_line, nearest, short
 from memlib.lists import (
     FORMATS,
     LISTS,
-    data_folder,
     find_images,
     index_text,
     list_file,
     standard,
 )
+from memlib.paths import LAB, data_folder
 
-LAB_PAIRS = Path(__file__).resolve().parents[1] / "data" / "lab" / "pairs.csv"
+LAB_PAIRS = LAB / "pairs.csv"
 # Columns that mean something here, in whatever case a list has them; the first are text.
 TEXTS = ("caption", "prompt_id", "image", "index", "url")
 NAMES = (*TEXTS, "kind", "overfit_type", "multiplicity", "group", "retrieved_urls")

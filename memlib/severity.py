@@ -15,7 +15,7 @@ from PIL import Image
 
 from memlib.checksums import sha256
 from memlib.errors import first_line, nearest
-from memlib.lists import data_folder
+from memlib.paths import data_folder
 
 OFFICIAL_BATCH = 16  # pictures that the official networks see at once on a GPU
 SSCD_SIDE = 288  # pixels, the size SSCD was trained at

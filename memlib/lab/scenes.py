@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-DATA = Path(__file__).resolve().parents[2] / "data" / "lab"
+from memlib.paths import LAB as DATA
+
 SIZE = 64  # pixels, height and width of every picture
 MULTIPLICITIES = (1, 2, 4, 8, 16, 32, 64, 128)
 PLANTED_PER_MULTIPLICITY = 6
