@@ -74,7 +74,6 @@ class Place:
     fingerprint: str
     file: Path | None = None
     sha256: str = ""  # of the U-Net's weights, where it is known
-    hub: bool = False
 
 
 def hash_files(folder: Path) -> str:
@@ -561,10 +560,10 @@ def on_hub(known: Checkpoint, half: bool, own_vae: bool = True) -> Place:
     if path.is_file():
         config = _config(path, known.config or None)
         stamp += f" {path.relative_to(root).as_posix()} config {hash_files(config)[:12]}"
-        return Place(config, stamp, path, hub=True)
+        return Place(config, stamp, path)
     parts = [part for part in PARTS if own_vae or part != "vae"]
     variant = " fp16" if any(takes_half(path / part, half) for part in parts) else ""
-    return Place(path, stamp + variant, sha256=known.sha256, hub=True)
+    return Place(path, stamp + variant, sha256=known.sha256)
 
 
 def download(name: str, revision: str | None = None, half: bool = False) -> list[Path]:

@@ -439,6 +439,16 @@ def test_a_model_of_the_hub(hub):
         assert out.split() == first
     status, out, error = hub(RECORD, HF_HUB_OFFLINE="1", WOBBLE="0.5")  # another picture
     assert "this was not recorded" in error[0]
+    # Nor is it a crash where the run is there in part: one piece of its own folder is lost.
+    cache = Path(hub.handler.folder).parent / "cache"
+    lost = next(cache.glob("reverse_trace-*/sha256/0.0.0.0"), None) or next(
+        cache.rglob("sha256/0*")
+    )
+    kept = lost.read_bytes()
+    lost.unlink()
+    status, out, error = hub(RECORD, HF_HUB_OFFLINE="1")
+    assert "this was not recorded" in error[0]
+    lost.write_bytes(kept)
     status, out, error = hub(RECORD.replace("steps=2", "steps=3"), HF_HUB_OFFLINE="1")
     assert status
     assert "this was not recorded, and the weights of some/model are not here" in error[0]
