@@ -818,11 +818,11 @@ def small_card(load: OnCard) -> dict:
     batch = cost.equal_batches(found.batch, len(load.seeds))
     total = torch.cuda.get_device_properties(load.device).total_memory
     torch.cuda.reset_peak_memory_stats(load.device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, T4 / total), load.device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, T4 / total))
     load.compile = False
     load.recorded(batch, prompts=max(1, 2 * batch // len(load.seeds)))
     load.compile = True
-    torch.cuda.set_per_process_memory_fraction(1.0, load.device)
+    torch.cuda.set_per_process_memory_fraction(1.0)
     found = {"batch": batch, "together": found.together}
     return found | {"peak GB": torch.cuda.max_memory_reserved(load.device) / 1e9}
 
