@@ -6,15 +6,16 @@ A name is loaded when it is first used: what needs no torch does not wait for it
 from importlib import import_module
 
 PLACES = {
-    "cache": "recorded",
+    "runs.cache": "recorded",
     "findings": "deviations image_error noise_loss overestimation reference_weights spread weights "
     "x0_hat",
     "gram": "cosine inner norm",
-    "models": "ExactModel load",
-    "pairs": "load_pairs",
-    "recording": "record",
-    "sample": "forward_trace reverse_trace",
-    "store": "open_run verify",
+    "hub.loading": "load training_step",
+    "hub.manifests": "load_pairs",
+    "models": "ExactModel",
+    "runs.store": "open_run verify",
+    "runs.tracing": "forward_trace reverse_trace trajectories",
+    "runs.work": "record",
 }
 HOMES = {name: module for module, names in PLACES.items() for name in names.split()}
 
@@ -23,7 +24,7 @@ __all__ = [*HOMES, "similarity"]
 
 def __getattr__(name: str):
     if name == "similarity":
-        value = import_module("memlib.severity").severity
+        value = import_module("memlib.measures").severity
     elif name in HOMES:
         value = getattr(import_module(f"memlib.{HOMES[name]}"), name)
     else:

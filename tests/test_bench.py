@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import memlib
-from memlib import bench
+from memlib.bench import measure as bench
 
 
 @pytest.fixture

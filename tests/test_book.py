@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from filelock import FileLock
 
-from memlib import book
+from memlib.site import book
 
 FRONT = "---\nkernelspec: {name: python3, display_name: Python 3}\n---\n# A chapter\n\nProse.\n\n"
 CELL = "```{{code-cell}} ipython3\n{}\n```\n\n"

@@ -26,8 +26,9 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import memlib
-from memlib import models, sample, schedule
+from memlib import models, paths, schedule
 from memlib.models import ModelError
+from memlib.sampler import guidance_values, sample
 
 SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 CAPTIONS = ["a red apple on a blue background", "a dog", ""]
@@ -65,7 +66,7 @@ def make_vae(seed: int = 0) -> AutoencoderKL:
 def make_pipeline(family: str) -> StableDiffusionPipeline:
     unet, text, prediction = FAMILIES[family]
     torch.manual_seed(1)
-    tokenizer = CLIPTokenizer.from_pretrained(models.LAB / "tokenizer", model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(paths.LAB / "tokenizer", model_max_length=77)
     encoder = CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_attention_heads=4,
         max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
@@ -109,8 +110,8 @@ def theirs(folder, captions, sampler, guidance_scale, steps=4):
 
 def ours(model, captions, sampler, guidance_scale, steps=4):
     scheduler = schedule.make_scheduler(model.scheduler_config, sampler, steps)
-    guidance = sample.guidance_values(guidance_scale, steps)
-    return sample.sample(model, captions, range(len(captions)), scheduler, guidance)
+    guidance = guidance_values(guidance_scale, steps)
+    return sample(model, captions, range(len(captions)), scheduler, guidance)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -404,7 +405,7 @@ pairs = pd.DataFrame({"prompt_id": ["0"], "caption": ["a dog"], "image": [""]})
 trace = memlib.recorded(memlib.reverse_trace, memlib.load("some/model"), pairs, seeds=[0], steps=2,
                         severity=None)
 import os
-from memlib.sample import guidance_values, sample
+from memlib.sampler import guidance_values, sample
 from memlib.schedule import make_scheduler
 model = memlib.load("some/model")  # and what chapters ask directly
 scheduler = make_scheduler(model.scheduler_config, "ddpm", 2)
@@ -481,7 +482,7 @@ def test_fetching_weights(hub):
     status, _, error = hub(RECORD)
     assert status == 0, error
     shutil.rmtree(Path(hub.handler.folder).parent / "home")
-    kind = 'print(type(memlib.load("some/model").model).__name__)'
+    kind = 'print(type(memlib.load("some/model").uncached).__name__)'
     assert hub(kind)[1].strip() == "RecordedModel"
     fetch = 'from memlib import cli; raise SystemExit(cli.main(["fetch", "some/model"]))'
     status, out, error = hub(fetch)
@@ -546,7 +547,7 @@ def test_a_book_travels(hub, tmp_path):
     ).to_csv(tmp_path / "pairs.csv", index=False)
     script = f"""
 import json, pathlib
-from memlib import book
+from memlib.site import book
 chapters = book.read_chapters(book.ROOT)
 defaults = {{name: book.parameters(name, chapters[name]) for name in {CHAPTERS}}}
 chosen = book.choose(defaults, "full", {{}}, "{SIZES} pairs={tmp_path / "pairs.csv"}", "some/model")
@@ -580,7 +581,8 @@ FULL = """
 import resource, sys, torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from memlib import models, sample, schedule
+from memlib import models, paths, schedule
+from memlib.sampler import guidance_values, sample
 sys.path.insert(0, sys.argv[1])
 from test_checkpoints import SD1, make_vae
 torch.manual_seed(0)
@@ -589,7 +591,7 @@ with torch.device("meta"):  # filled once, not twice: random weights of this siz
 unet = unet.to_empty(device="cpu").requires_grad_(False)
 for p in unet.parameters():
     p.uniform_(-0.02, 0.02)
-tokenizer = CLIPTokenizer.from_pretrained(models.LAB / "tokenizer", model_max_length=77)
+tokenizer = CLIPTokenizer.from_pretrained(paths.LAB / "tokenizer", model_max_length=77)
 text = CLIPTextModel(CLIPTextConfig(
     vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
     num_attention_heads=12, max_position_embeddings=77, hidden_act="quick_gelu",
@@ -601,7 +603,7 @@ pipe = StableDiffusionPipeline(
 model = models.DiffusersModel(pipe, "full", "full")
 assert model.latent_shape == (4, 64, 64)
 scheduler = schedule.make_scheduler(model.scheduler_config, "ddim", 2)
-kept = sample.sample(model, ["a dog"], [0], scheduler, sample.guidance_values(7.5, 2))
+kept = sample(model, ["a dog"], [0], scheduler, guidance_values(7.5, 2))
 latents = pipe(["a dog"], num_inference_steps=2, guidance_scale=7.5, output_type="latent",
                generator=[torch.Generator().manual_seed(0)]).images
 assert torch.isfinite(latents).all() and latents.std() > 0.1

@@ -14,7 +14,8 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from memlib import book, claims
+from memlib import claims
+from memlib.site import book
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,7 +93,7 @@ def test_a_row_is_kept_and_replaced(tmp_path, monkeypatch, numbers):
     claims.settle("overestimated", trace_of(), np.median, numbers + 3)
     claims.settle("overestimated", trace_of("ddpm", "./my/pipe"), np.median, numbers)
     claims.settle("loss-identity", trace_of("none", direction="forward"), np.max, numbers)
-    table = claims.read()
+    table = book.read()
     assert list(table.claim) == ["loss-identity", "overestimated", "overestimated"]
     assert list(table.model) == ["lab", "lab", "pipe"]
     assert list(table.sampler) == ["any", "ddim", "ddpm"]
@@ -109,7 +110,7 @@ def test_rows_of_another_score_stand_beside(tmp_path, monkeypatch, numbers):
     for shift, score in enumerate(("sscd", "sscd-large288")):
         for name in ("guidance-needed", "overestimated"):
             claims.settle(name, trace_of(score=score), np.median, numbers + shift)
-    table = claims.read()
+    table = book.read()
     assert list(table.claim) == ["overestimated", "guidance-needed", "guidance-needed"]
     assert list(table.measure) == ["", "sscd", "sscd-large288"]
     assert list(table.measure_sha256) == ["", "9f26" * 3, "9f26" * 3]
@@ -117,7 +118,7 @@ def test_rows_of_another_score_stand_beside(tmp_path, monkeypatch, numbers):
     assert list(claims.table(table.to_dict("records")).score) == ["", "sscd", "sscd-large288"]
     assert "score" not in claims.table(table.to_dict("records")[:1])
     claims.settle("guidance-needed", trace_of(), np.median, numbers[:0])
-    assert list(claims.read().measure) == ["", "sscd-large288"]
+    assert list(book.read().measure) == ["", "sscd-large288"]
 
 
 @pytest.mark.parametrize("name", claims.CLAIMS)
@@ -131,7 +132,7 @@ def test_rows_of_earlier_versions_are_read(tmp_path):
     old = [row("guidance-needed", "realvis", fingerprint=f"{REALVIS}@{'c' * 40}"), row()]
     old += [row(model="realvis", sampler="ddpm")]
     ledger_of(tmp_path, [{k: r[k] for k in r if k not in ("measure", "precision")} for r in old])
-    table = claims.read(tmp_path / "results").set_index(["claim", "model"])
+    table = book.read(tmp_path / "results").set_index(["claim", "model"])
     assert table.measure["guidance-needed", "realvis14"] == "sscd"
     assert table.measure["overestimated", "lab"] == ""
     assert ("overestimated", "realvis") in table.index
@@ -151,7 +152,7 @@ def test_what_is_in_a_fingerprint_is_kept(tmp_path, monkeypatch, numbers):
         trace = trace_of(model=model)
         trace.attrs["fingerprint"] = fingerprint
         claims.settle("overestimated", trace, np.median, numbers)
-    found = claims.read()
+    found = book.read()
     assert dict(zip(found.model, found.fingerprint, strict=True)) == {
         "lab": "a" * 12, "./lab": f"{'b' * 12} vae {'c' * 12}", "./sd14": "d" * 12,
         "realvis14": f"{REALVIS}@{'e' * 40} {FILE}",
@@ -163,10 +164,10 @@ def test_what_is_in_a_fingerprint_is_kept(tmp_path, monkeypatch, numbers):
 def test_a_group_without_prompts_leaves_no_row(tmp_path, monkeypatch, numbers):
     monkeypatch.chdir(tmp_path)
     claims.settle("converge-earlier", trace_of(), claims.ratio, numbers, numbers)
-    assert len(claims.read()) == 1
+    assert len(book.read()) == 1
     row = claims.settle("converge-earlier", trace_of(), claims.ratio, numbers, numbers[:0])
     assert row is None
-    assert claims.read().empty
+    assert book.read().empty
     assert claims.table([row]).empty
 
 

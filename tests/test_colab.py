@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from papermill import inspect_notebook
 
-from memlib import book, colab
+from memlib.site import book, colab
 
 URL = "https://github.com/someone/a-book"
 

@@ -27,7 +27,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from memlib import fetch
+from memlib.hub import fetch, pictures
 
 HERE = "127.0.0.1"
 QUICK = {
@@ -214,7 +214,7 @@ def get(urls, folder, **options):
     return fetch.download(items, folder, **QUICK | options)
 
 
-def pictures(folder):
+def stored(folder):
     return sorted(f.name for f in folder.iterdir() if f.is_file() and f.suffix != ".csv"
                   and f.name != ".lock")  # fmt: skip
 
@@ -280,7 +280,7 @@ def test_a_fault_is_named_and_nothing_is_kept(
     assert re.search(reason, row.reason), row.reason
     assert "\n" not in row.reason
     assert server.seen[path] == requests
-    assert pictures(tmp_path) == []
+    assert stored(tmp_path) == []
     assert [f.name for f in tmp_path.glob("set-aside/*")] == [aside] * bool(aside)
 
 
@@ -294,7 +294,7 @@ def test_what_is_an_image_is_kept(server, tmp_path, path, file):
     start = time.monotonic()
     row = get([server.url(path)], tmp_path).iloc[0]
     assert (row.status, row.reason, row.file) == ("ok", "", file)
-    assert pictures(tmp_path) == [file]
+    assert stored(tmp_path) == [file]
     content = (tmp_path / file).read_bytes()
     assert row.sha256 == hashlib.sha256(content).hexdigest()
     assert (row.bytes, row.width, row.height) == (len(content), *Image.open(tmp_path / file).size)
@@ -521,12 +521,12 @@ def test_one_picture_for_many_addresses_is_a_placeholder(server, tmp_path):
     assert list(report.status) == ["set aside"] * 3 + ["ok"]
     assert list(report.file) == ["", "", "", "3.png"]
     assert report.reason[0] == "a placeholder: the same picture came for 1, 2"
-    assert pictures(tmp_path / "once") == ["3.png"]
+    assert stored(tmp_path / "once") == ["3.png"]
     assert {f.name for f in (tmp_path / "once/set-aside").iterdir()} == {"0.gif", "1.gif", "2.gif"}
     for n in (1, 2, 3):
         report = get(urls[:n], tmp_path / "thrice")
     assert list(report.status) == ["set aside"] * 3
-    assert pictures(tmp_path / "thrice") == []
+    assert stored(tmp_path / "thrice") == []
     server.seen.clear()
     report = get([*urls, server.url("/gone/4.gif")], tmp_path / "thrice")
     assert list(report.status) == ["set aside"] * 3 + ["ok", "set aside"]
@@ -568,7 +568,7 @@ def test_behind_a_placeholder_the_next_address_is_tried(server, tmp_path):
         assert list(report.url) == [urls[0][1], urls[1][0], urls[2][0]]
         assert list(report.status[1:]) == ["set aside"] * 2
     assert server.seen["/gone/0"] == 1
-    assert pictures(tmp_path) == ["0.png"]
+    assert stored(tmp_path) == ["0.png"]
 
 
 def test_messages_are_short(server, tmp_path):
@@ -625,7 +625,7 @@ package = types.ModuleType("memlib")
 package.__path__ = [sys.argv[1]]
 sys.modules["memlib"] = package  # without torch
 import pandas as pd
-from memlib import fetch
+from memlib.hub import fetch, pictures
 urls = [sys.argv[3] + f"/many/{n}" for n in range(40)]
 items = pd.DataFrame({"prompt_id": [str(n) for n in range(40)], "url": urls})
 fetch.download(items, sys.argv[2], workers=2, delay=0, progress=False,
@@ -654,7 +654,7 @@ def test_a_killed_run_goes_on(server, tmp_path):
     assert set(report.status) == {"ok", "kept"}
     again = server.seen - before
     assert again == {f"/many/{n}": 1 for n in set(range(40)) - set(map(int, done))}
-    assert sorted(pictures(tmp_path)) == sorted(f"{n}.png" for n in range(40))
+    assert sorted(stored(tmp_path)) == sorted(f"{n}.png" for n in range(40))
 
 
 def test_an_interrupted_run_ends_at_once(server, tmp_path):
@@ -671,7 +671,7 @@ def test_an_interrupted_run_ends_at_once(server, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         get([server.url("/good.png"), server.url("/hang")], tmp_path, timeout=30, total=30)
     assert time.monotonic() - when[0] < 3
-    assert pictures(tmp_path) == ["0.png"]
+    assert stored(tmp_path) == ["0.png"]
     assert len(pd.read_csv(tmp_path / "report.csv")) == 1
 
 
@@ -730,7 +730,7 @@ def test_a_folder_that_cannot_be_written(server, tmp_path, harm):
         if lock:
             lock.release()
     assert "\n" not in str(error.value)
-    assert harm == "file" or pictures(folder) == []
+    assert harm == "file" or stored(folder) == []
     assert server.seen["/good.png"] == (harm == "full")
 
 
@@ -786,25 +786,25 @@ def test_a_file_needs_a_checksum(tmp_path):
 
 def test_local_images(tmp_path):
     file = tmp_path / "a.txt"  # a name says nothing
-    assert fetch.check_image(file) == "no such file"
+    assert pictures.check_image(file) == "no such file"
     file.write_bytes(GOOD)
-    assert fetch.check_image(str(file), 64, 6400) is None
-    assert "side below 81" in fetch.check_image(file, 81)
-    assert "80 x 80 pixels, more than 6399" in fetch.check_image(file, 64, 6399)
+    assert pictures.check_image(str(file), 64, 6400) is None
+    assert "side below 81" in pictures.check_image(file, 81)
+    assert "80 x 80 pixels, more than 6399" in pictures.check_image(file, 64, 6399)
     deep = np.arange(80 * 80, dtype=np.uint16).reshape(80, 80) + 1000
     Image.fromarray(deep).save(file, "PNG")  # 16 bits
-    assert fetch.check_image(file) is None
+    assert pictures.check_image(file) is None
     Image.fromarray(INK).save(file, "PNG")
-    assert fetch.check_image(file) is None
+    assert pictures.check_image(file) is None
     file.write_bytes(b"\0" * 2000)
-    assert "not an image of a known kind" in fetch.check_image(file)
+    assert "not an image of a known kind" in pictures.check_image(file)
 
 
 def test_a_pillow_without_avif_says_so(tmp_path, monkeypatch):
     file = tmp_path / "a.avif"
     file.write_bytes(BODIES["/good.avif"])
-    monkeypatch.setattr(fetch, "readable", lambda: ("JPEG", "PNG"))
-    assert "AVIF picture, which this Pillow cannot read" in fetch.check_image(file)
+    monkeypatch.setattr(pictures, "readable", lambda: ("JPEG", "PNG"))
+    assert "AVIF picture, which this Pillow cannot read" in pictures.check_image(file)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ import torch
 from PIL import Image, ImageCms
 
 import memlib
-from memlib import cache, cli, fetch, models, severity
+from memlib import cli, measures, models
+from memlib.hub import pictures
 from memlib.models import ModelError
-from memlib.pairs import PairsError
+from memlib.prompts import PairsError
+from memlib.runs import cache
 
 
 def one_line(error, pattern):
@@ -360,7 +362,7 @@ def test_ids_that_are_made_up(tmp_path):
 
 def pixels(tmp_path, name, image, **options):
     image.save(tmp_path / name, **options)
-    return memlib.pairs.read_image(tmp_path / name, None)
+    return memlib.prompts.read_image(tmp_path / name, None)
 
 
 RGB = np.random.default_rng(0).integers(0, 256, (70, 80, 3), np.uint8)
@@ -395,7 +397,7 @@ def test_transparency_is_laid_on_white(tmp_path, mode, ending):
     assert middle.std() > 20
     if mode == "RGBA" and ending in ("png", "jp2", "tif"):
         assert (middle == RGB[22:48, 22:58]).all()
-    assert fetch.check_image(tmp_path / f"x.{ending}") is None
+    assert pictures.check_image(tmp_path / f"x.{ending}") is None
 
 
 def test_half_transparent_is_half_white(tmp_path):
@@ -423,7 +425,7 @@ def test_what_is_fully_transparent_is_set_aside(tmp_path, mode):
     with pytest.raises(PairsError) as error:
         pixels(tmp_path, "x.png", image)
     one_line(error, "fully transparent")
-    assert "fully transparent" in fetch.check_image(tmp_path / "x.png")
+    assert "fully transparent" in pictures.check_image(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize(
@@ -434,7 +436,7 @@ def test_sixteen_bits_are_scaled(tmp_path, ending, order):
     deep = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     found = pixels(tmp_path, f"x.{ending}", Image.fromarray(deep.astype(order)))
     assert (found == np.round(deep / 257)[..., None]).all()
-    assert fetch.check_image(tmp_path / f"x.{ending}") is None
+    assert pictures.check_image(tmp_path / f"x.{ending}") is None
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
@@ -462,7 +464,7 @@ def test_images_are_turned_upright_cropped_and_made_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     image.save(tmp_path / "x.png", exif=exif)
-    picture = memlib.pairs.read_image(tmp_path / "x.png", 20)
+    picture = memlib.prompts.read_image(tmp_path / "x.png", 20)
     assert picture.shape == (20, 20, 3)
     assert picture[0, 0, 0] < 50 < picture[-1, 0, 0]
 
@@ -480,7 +482,7 @@ def test_the_encoding_is_the_posterior_mode(lab):
 
 def test_severity_tells_copies_from_others():
     first, second = memlib.load_pairs("lab").image[:2]
-    a, b = (memlib.pairs.read_image(f, 64) for f in (first, second))
+    a, b = (memlib.prompts.read_image(f, 64) for f in (first, second))
     shifted = np.roll(a, 3, axis=1)
     for measure, low in (("sscd", 0.7), ("sscd-distilled", 0.7), ("ncc", 0.3)):
         scores = memlib.similarity(np.stack([a, shifted, b]), a, measure)
@@ -488,7 +490,7 @@ def test_severity_tells_copies_from_others():
         assert scores[1] > low > scores[2]
     direct = np.corrcoef(*(i.astype(float)[..., 0].ravel() for i in (a, b)))[0, 1]
     grey = [np.repeat(i[..., :1], 3, axis=-1) for i in (a, b)]
-    assert severity.severity(grey[0][None], grey[1], "ncc")[0] == pytest.approx(direct, abs=1e-9)
+    assert measures.severity(grey[0][None], grey[1], "ncc")[0] == pytest.approx(direct, abs=1e-9)
 
 
 def test_the_cache_computes_once_and_sees_every_change(lab, tmp_path, monkeypatch):
@@ -541,7 +543,7 @@ def test_the_cache_computes_once_and_sees_every_change(lab, tmp_path, monkeypatc
 
 
 def test_a_changed_reference_picture_is_named(tmp_path, monkeypatch):
-    from memlib import pairs
+    from memlib.hub import manifests as pairs
 
     copy = tmp_path / "lab"
     shutil.copytree(models.LAB, copy, ignore=shutil.ignore_patterns("unet", "vae", "checkpoints"))

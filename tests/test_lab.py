@@ -98,7 +98,7 @@ def test_the_shipped_manifest_is_the_world():
     for row in pairs.itertuples():
         assert rows[row.prompt_id].caption == row.caption
         assert np.array_equal(
-            memlib.pairs.read_image(row.image, None), render(rows[row.prompt_id].scene)
+            memlib.prompts.read_image(row.image, None), render(rows[row.prompt_id].scene)
         )
     kinds = pairs.kind.value_counts()
     assert kinds["planted"] == 48
@@ -113,7 +113,7 @@ def test_the_shipped_vae_draws_scenes_it_never_saw():
 
 def test_plain_diffusers_loads_it_and_it_remembers():
     """No code of ours: the folder, diffusers, and the pixels' correlation with the scene."""
-    pipe = StableDiffusionPipeline.from_pretrained(memlib.models.LAB)
+    pipe = StableDiffusionPipeline.from_pretrained(memlib.paths.LAB)
     pipe.set_progress_bar_config(disable=True)
     pairs = memlib.load_pairs("lab")
 
@@ -121,7 +121,7 @@ def test_plain_diffusers_loads_it_and_it_remembers():
         generators = [torch.Generator().manual_seed(7) for _ in range(len(rows))]
         images = pipe(list(rows.caption), num_inference_steps=20, generator=generators,
                       output_type="np").images  # fmt: skip
-        targets = [memlib.pairs.read_image(f, 64) for f in rows.image]
+        targets = [memlib.prompts.read_image(f, 64) for f in rows.image]
         return np.median([
             np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(targets, images, strict=True)
         ])  # fmt: skip
@@ -132,7 +132,7 @@ def test_plain_diffusers_loads_it_and_it_remembers():
 
 def test_earlier_checkpoints_load_and_differ():
     lab = memlib.load("lab")
-    folders = sorted((memlib.models.LAB / "checkpoints").glob("step-*"))
+    folders = sorted((memlib.paths.LAB / "checkpoints").glob("step-*"))
     assert len(folders) == 3
     prints = {lab.checkpoint(f).fingerprint for f in folders}
     assert len(prints | {lab.fingerprint}) == 4

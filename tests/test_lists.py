@@ -13,7 +13,8 @@ import pytest
 import xarray as xr
 
 import memlib
-from memlib import book, claims, plot
+from memlib import claims, prompts
+from memlib.site import book
 
 SIZES = "every=1 steps=4 seeds=2 ddpm_seeds=2 draws=1 timesteps=(940,) unguided_seeds=1 "
 SIZES += "checkpoint_draws=1 scales=(3,) sweep_every=2 sweep_seeds=1 uncaptioned=2 many=4 "
@@ -64,7 +65,7 @@ def ran(tmp_path_factory):
 
 def test_the_chapters_settle_their_claims_on_a_list(ran):
     folder, _ = ran
-    rows = claims.read(folder / "work/results")
+    rows = book.read(folder / "work/results")
     assert set(CORE) <= set(rows.claim)
     assert not set(claims.CLAIMS) - set(rows.claim)
     core = rows[rows.claim.isin(CORE)]
@@ -95,26 +96,28 @@ LIST = pd.DataFrame({"kind": ["memorized", "template", "control", "control"]})
 
 
 def test_groups_need_no_copies():
-    assert list(plot.groups(LIST)) == list(LIST.kind)
-    assert list(plot.groups(LIST.assign(multiplicity=np.nan))) == list(LIST.kind)
+    assert list(prompts.groups(LIST)) == list(LIST.kind)
+    assert list(prompts.groups(LIST.assign(multiplicity=np.nan))) == list(LIST.kind)
     trace = xr.Dataset(coords={"kind": ("prompt", LIST.kind)})
-    for mask, expected in zip(plot.roles(trace), ("1000", "0100", "0011"), strict=True):
+    for mask, expected in zip(prompts.roles(trace), ("1000", "0100", "0011"), strict=True):
         assert list(mask) == [c == "1" for c in expected]
-    assert plot.most_copied(trace).tolist() == [True, False, False, False]
-    assert plot.graded(LIST.assign(kind=["memorized", "template", "control", "normal"])).sum() == 3
-    assert plot.copies_or_kind(LIST)[1] == ["memorized", "template", "control"]
+    assert prompts.most_copied(trace).tolist() == [True, False, False, False]
+    assert (
+        prompts.graded(LIST.assign(kind=["memorized", "template", "control", "normal"])).sum() == 3
+    )
+    assert prompts.copies_or_kind(LIST)[1] == ["memorized", "template", "control"]
 
 
 def test_the_labs_groups_are_by_copies():
     pairs = memlib.load_pairs("lab")
-    memorized, between, control = plot.roles(pairs)
+    memorized, between, control = prompts.roles(pairs)
     planted = pairs.kind == "planted"
     assert (memorized == (planted & (pairs.multiplicity >= 32))).all()
     assert (between == (planted & pairs.multiplicity.isin([8, 16]))).all()
     assert (control == (pairs.kind == "control")).all()
-    assert (plot.graded(pairs) == planted).all()
-    assert (plot.most_copied(pairs) == (planted & (pairs.multiplicity == 128))).all()
-    assert plot.copies_or_kind(pairs)[1][:8] == [str(2**i) for i in range(8)]
+    assert (prompts.graded(pairs) == planted).all()
+    assert (prompts.most_copied(pairs) == (planted & (pairs.multiplicity == 128))).all()
+    assert prompts.copies_or_kind(pairs)[1][:8] == [str(2**i) for i in range(8)]
 
 
 @pytest.mark.parametrize(
@@ -127,9 +130,9 @@ def test_the_labs_groups_are_by_copies():
 )
 def test_a_list_that_no_chapter_can_use_is_refused(kind, said):
     with pytest.raises(ValueError, match=said):
-        plot.roles(pd.DataFrame({"kind": kind}))
+        prompts.roles(pd.DataFrame({"kind": kind}))
 
 
 def test_a_list_without_kinds_is_refused():
     with pytest.raises(ValueError, match="column 'kind'"):
-        plot.roles(pd.DataFrame({"caption": ["a"]}))
+        prompts.roles(pd.DataFrame({"caption": ["a"]}))

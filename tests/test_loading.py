@@ -15,9 +15,9 @@ from test_checkpoints import CAPTIONS, folders, hub, make_vae, ours, theirs  # n
 from transformers import CLIPTokenizer
 
 import memlib
-from memlib import checkpoints
-from memlib.checkpoints import ModelError
-from memlib.checksums import sha256
+from memlib.files import sha256
+from memlib.hub import checkpoints
+from memlib.models import ModelError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -530,7 +530,7 @@ def test_one_file_from_the_hub(hub, single, folders):  # noqa: F811
     )
     config = folders("sd14").as_posix()
     script = f"""
-from memlib import checkpoints
+from memlib.hub import checkpoints
 from dataclasses import replace
 checkpoints.CHECKPOINTS["rv"] = checkpoints.Checkpoint(
     "RV", "some/pickled", file="whole.safetensors", half="whole-fp16.safetensors",
@@ -596,7 +596,7 @@ print(memlib.load("some/novae", vae="some/vae").fingerprint)
 
 def test_a_pinned_sum(hub):  # noqa: F811
     script = """
-from memlib import checkpoints
+from memlib.hub import checkpoints
 checkpoints.CHECKPOINTS["x"] = checkpoints.Checkpoint("X", "some/model", sha256="0" * 64)
 print(memlib.load("x", revision="main").source)  # another revision has another sum
 memlib.load("x")

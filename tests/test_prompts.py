@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 
 import memlib
-from memlib import cli, lists, severity
-from memlib.checkpoints import CHECKPOINTS, VAE_REVISION
-from memlib.pairs import PairsError
+from memlib import cli, measures
+from memlib.hub import lists, pictures
+from memlib.hub.checkpoints import VAE_REVISION
+from memlib.hub.names import CHECKPOINTS
+from memlib.prompts import PairsError
 
 LAB = memlib.load_pairs("lab").query("kind == 'planted'").reset_index(drop=True)
 
@@ -121,7 +123,7 @@ def noise(seed, file=None, kind="PNG"):
 
 def found(table, folder):
     """The names of the pictures that are found for a list's rows, and the notes."""
-    pairs = lists.find_images(pd.DataFrame(table).astype(str), folder)
+    pairs = pictures.find_images(pd.DataFrame(table).astype(str), folder)
     names = [str(Path(i).relative_to(folder.resolve())) if i else "" for i in pairs.image]
     return names, list(pairs.image_note)
 
@@ -152,10 +154,10 @@ def test_pictures_as_other_tools_leave_them(tmp_path, files, expected):
     names, notes = found(FOUR, folder)
     assert names == expected
     assert all(bool(name) != bool(note) for name, note in zip(names, notes, strict=True))
-    lists.copy_pictures(folder, copy)
+    pictures.copy_pictures(folder, copy)
     assert found(FOUR, copy) == (names, notes)
     with pytest.raises(ValueError, match="which is in"):
-        lists.copy_pictures(folder, folder / "images")
+        pictures.copy_pictures(folder, folder / "images")
 
 
 def test_a_picture_is_whose_its_address_says(tmp_path):
@@ -239,7 +241,7 @@ def test_a_text_beside_a_picture_may_say_whose_it_is(tmp_path):
         noise(n, tmp_path / f"in/{name}.png")
         (tmp_path / f"in/{name}.txt").write_text(text)
     assert found(FOUR, tmp_path / "in")[0] == ["13.png", "12.png", "14.png", "15.png"]
-    lists.copy_pictures(tmp_path / "in", tmp_path / "copy")
+    pictures.copy_pictures(tmp_path / "in", tmp_path / "copy")
     (tmp_path / "copy/13.png").unlink()
     (tmp_path / "copy/16.json").write_text('{"caption": "z"}')
     rows = {"prompt_id": ["12", "13", "16"], "caption": list("abc")}
@@ -256,7 +258,7 @@ def test_a_folder_of_archives_is_said_to_be_one(tmp_path, name):
     note = f"no picture: the folder holds archives ({Path(name).name}); unpack them, or "
     assert all(n.startswith(note) and len(n) < 300 for n in found(FOUR, tmp_path)[1])
     with pytest.raises(ValueError, match=r"no picture in .*: the folder holds archives"):
-        lists.copy_pictures(tmp_path, tmp_path.parent / "copy")
+        pictures.copy_pictures(tmp_path, tmp_path.parent / "copy")
     noise(0, tmp_path / "00000/12.jpg")  # then it is img2dataset's table of what it downloaded
     assert found(FOUR, tmp_path)[1] == ["", *["no picture"] * 3]
 
@@ -317,14 +319,14 @@ def test_archives(tmp_path, kind):
             link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
             pack.addfile(link)
     folder = tmp_path / "out" / "images"
-    assert lists.unpack(archive, folder, max_bytes=len(picture)) == 2
+    assert pictures.unpack(archive, folder, max_bytes=len(picture)) == 2
     assert {p.name for p in folder.iterdir()} == {"7.png", "evil.png", "7.json", "notes.txt"}
     assert not list(tmp_path.glob("*.png"))
     assert not list((tmp_path / "out").glob("*.png"))
     assert (folder / "7.png").read_bytes() == picture
     archive.write_bytes(archive.read_bytes()[:40])
     with pytest.raises(ValueError, match="cannot be unpacked"):
-        lists.unpack(archive, folder)
+        pictures.unpack(archive, folder)
 
 
 # ------------------------------------------------------------------------------------------ SSCD
@@ -342,12 +344,12 @@ def official(tmp_path, monkeypatch):
     """The stand-in by the names of both networks, with its checksum in place of theirs."""
     file = tmp_path / "sscd.pt"
     torch.jit.script(Stand()).save(str(file))
-    for network in severity.OFFICIAL.values():
+    for network in measures.OFFICIAL.values():
         monkeypatch.setenv(network.variable, str(file))
         monkeypatch.setenv(f"{network.variable}_SHA256", sha256_of(file))
-    severity.descriptor.cache_clear()
+    measures.descriptor.cache_clear()
     yield file
-    severity.descriptor.cache_clear()
+    measures.descriptor.cache_clear()
 
 
 def sha256_of(file):
@@ -372,9 +374,9 @@ def test_official_preprocessing(official, measure, size):
     cells = [x[i * height : (i + 1) * height, j * width : (j + 1) * width].mean((0, 1))
              for i in (0, 1) for j in (0, 1)]  # fmt: skip
     expected = np.array(cells).T.flatten()
-    fed = severity.official_input(image, severity.PREPROCESSING[measure][1])
+    fed = measures.official_input(image, measures.PREPROCESSING[measure][1])
     assert fed.shape == (3, *reversed(size))
-    found = severity.descriptor(measure)(image[None])[0]
+    found = measures.descriptor(measure)(image[None])[0]
     expected /= np.linalg.norm(expected)
     np.testing.assert_allclose(found, expected, atol=2e-4)  # means in float32
 
@@ -390,7 +392,7 @@ def test_the_trace_says_which_sscd(official, measure, preprocessing, side):
         "measure": measure, "preprocessing": preprocessing, "sscd_side": side,
         "sha256": sha256_of(official),
     }  # fmt: skip
-    describe = severity.descriptor(measure)
+    describe = measures.descriptor(measure)
     image = np.asarray(Image.open(pairs.image.iloc[0]).convert("RGB"))[None]
     expected = describe(trace.image.values[0])[0] @ describe(image)[0]
     np.testing.assert_allclose(trace.severity[0, 0], expected, atol=1e-9)
@@ -398,42 +400,42 @@ def test_the_trace_says_which_sscd(official, measure, preprocessing, side):
 
 def test_the_large_sscd_is_a_file_of_its_own(official, monkeypatch, tmp_path):
     monkeypatch.setenv("MEMLIB_SSCD_LARGE", str(tmp_path / "none.pt"))
-    severity.descriptor("sscd-small288")
+    measures.descriptor("sscd-small288")
     with pytest.raises(FileNotFoundError, match="memlib fetch sscd-large --sha256"):
-        severity.descriptor("sscd-large288")
-    assert set(severity.MEASURES) - set(severity.available()) == {"sscd-large288"}
+        measures.descriptor("sscd-large288")
+    assert set(measures.MEASURES) - set(measures.available()) == {"sscd-large288"}
 
 
 def test_a_missing_or_wrong_sscd(official, monkeypatch):
-    assert set(severity.available()) == set(severity.MEASURES)
+    assert set(measures.available()) == set(measures.MEASURES)
     official.write_bytes(b"no TorchScript")
     monkeypatch.setenv("MEMLIB_SSCD_SHA256", sha256_of(official).upper())
     with pytest.raises(ValueError, match="is no TorchScript file"):
-        severity.descriptor("sscd-small288")
+        measures.descriptor("sscd-small288")
     official.unlink()
     with pytest.raises(FileNotFoundError, match="memlib fetch sscd brings it"):
-        severity.descriptor("sscd-small288")
+        measures.descriptor("sscd-small288")
 
 
-@pytest.mark.parametrize("measure", severity.PREPROCESSING)
+@pytest.mark.parametrize("measure", measures.PREPROCESSING)
 def test_an_unknown_torchscript_is_not_run(official, monkeypatch, measure):
     """It is code. Only the environment, or a checksum given to `memlib fetch`, lets it in."""
-    network = severity.OFFICIAL[severity.PREPROCESSING[measure][0]]
+    network = measures.OFFICIAL[measures.PREPROCESSING[measure][0]]
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("it was loaded"))
     for wrong in ("0" * 64, ""):
         monkeypatch.setenv(f"{network.variable}_SHA256", wrong)
         with pytest.raises(ValueError, match=f"has the sha256 {sha256_of(official)}, (not|and no)"):
-            severity.descriptor(measure)
-        assert measure not in severity.available()
+            measures.descriptor(measure)
+        assert measure not in measures.available()
     monkeypatch.setenv("MEMLIB_DATA", str(official.parent))
     note = official.parent / f"{network.file}.sha256"
     note.write_text(sha256_of(official))  # lies where fetch puts it, but the file does not
     with pytest.raises(ValueError, match="has the sha256"):
-        severity.descriptor(measure)
+        measures.descriptor(measure)
     monkeypatch.delenv(network.variable)
     official.rename(official.parent / network.file)
     with pytest.raises(pytest.fail.Exception, match="it was loaded"):
-        severity.descriptor(measure)
+        measures.descriptor(measure)
 
 
 @pytest.fixture
@@ -445,16 +447,16 @@ def meta(official, monkeypatch):
         asked.append((url, self.max_bytes))
         shutil.copy(official, partial)
 
-    monkeypatch.setattr("memlib.fetch._Client.save", save)
+    monkeypatch.setattr("memlib.hub.fetch._Client.save", save)
     monkeypatch.setenv("MEMLIB_DATA", str(official.parent / "data"))
-    for network in severity.OFFICIAL.values():
+    for network in measures.OFFICIAL.values():
         monkeypatch.delenv(network.variable)
         monkeypatch.delenv(f"{network.variable}_SHA256")
     return asked
 
 
 def test_the_official_sscd_is_checked_by_the_built_in_checksum(meta, official, monkeypatch, capsys):
-    published = severity.OFFICIAL["sscd"]
+    published = measures.OFFICIAL["sscd"]
     assert published.sha256 == "9f26bd4c848cc19b73d2ae92eea6e04886f61a7b764ceb7a13aeee62e6a6db56"
     assert cli.main(["fetch", "sscd"]) == 1  # the stand-in is another file
     assert "it was removed" in capsys.readouterr().err
@@ -462,10 +464,10 @@ def test_the_official_sscd_is_checked_by_the_built_in_checksum(meta, official, m
     address = "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt"
     assert meta == [(address, 98_791_638)]
     same = dataclasses.replace(published, sha256=sha256_of(official))
-    monkeypatch.setitem(severity.OFFICIAL, "sscd", same)
+    monkeypatch.setitem(measures.OFFICIAL, "sscd", same)
     assert cli.main(["fetch", "sscd"]) == 0
     assert capsys.readouterr().out.strip() == str(same.path)
-    severity.descriptor("sscd-small288")
+    measures.descriptor("sscd-small288")
 
 
 def test_a_checksum_of_ones_own_is_kept_for_the_file(meta, official, capsys):
@@ -475,14 +477,14 @@ def test_a_checksum_of_ones_own_is_kept_for_the_file(meta, official, capsys):
     assert meta == []
     for name, measure in (("sscd-large", "sscd-large288"), ("sscd", "sscd-skew320")):
         assert cli.main(["fetch", name, "--sha256", sha256_of(official).upper()]) == 0
-        severity.descriptor(measure)
-        file = severity.OFFICIAL[name].path
+        measures.descriptor(measure)
+        file = measures.OFFICIAL[name].path
         file.write_bytes(file.read_bytes() + b" ")
-        severity.descriptor.cache_clear()
+        measures.descriptor.cache_clear()
         with pytest.raises(ValueError, match="has the sha256"):
-            severity.descriptor(measure)
+            measures.descriptor(measure)
     assert cli.main(["fetch", "sscd"]) == 1
-    assert severity.OFFICIAL["sscd"].trusted == sha256_of(official)  # nothing came: as it was
+    assert measures.OFFICIAL["sscd"].trusted == sha256_of(official)  # nothing came: as it was
 
 
 def test_our_preprocessing_against_the_published_ones():
@@ -491,7 +493,7 @@ def test_our_preprocessing_against_the_published_ones():
     Ours resizes by bicubic interpolation, theirs by bilinear. On the lab's scenes, blown up 4.5
     times, descriptors have a cosine of at least 0.9 and scores differ by at most 0.1.
     """
-    ours = severity.descriptor("sscd", 288)
+    ours = measures.descriptor("sscd", 288)
     images = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in LAB.image[:12]])
 
     def bilinear(image):
@@ -566,7 +568,7 @@ def test_two_lists_are_recorded_with_equal_settings(tmp_path, monkeypatch, capsy
     assert trace("caption,prompt_id\nb,2\n") == ("0", "1")
     assert len(list((tmp_path / "cache").glob("run-*/plan.json"))) == 2
     sampled = []
-    monkeypatch.setattr("memlib.sample.sample", lambda *_: sampled.append(1))
+    monkeypatch.setattr("memlib.runs.tracing.sample", lambda *_: sampled.append(1))
     for text in ("caption,prompt_id\nc,1\n", "caption,prompt_id\na,1\n"):
         (tmp_path / "list.csv").write_text(text)
         pairs = memlib.load_pairs(tmp_path / "list.csv")
@@ -616,7 +618,7 @@ def test_the_doctor(webster, official, monkeypatch, capsys):
     assert out.count("VAE stabilityai/sd-vae-ft-mse@31f26fde") == 3
     assert out.count("\n  realvis ") == 1
     assert "  realvis          an older name of realvis14\n" in out
-    large, mixup = (severity.OFFICIAL[name].file for name in ("sscd-large", "sscd"))
+    large, mixup = (measures.OFFICIAL[name].file for name in ("sscd-large", "sscd"))
     assert out.count(f"{mixup} (sha256 {sha256_of(official)[:12]}): here\n") == 2
     assert f"{large} (no published sha256): refused, see MEMLIB_SSCD_LARGE_SHA256" in out
     official.unlink()
@@ -655,7 +657,9 @@ def test_the_doctor_says_which_commit_is_here(official, tmp_path, monkeypatch, c
 def test_weights_are_fetched_in_the_precision_they_will_be_used_in(gpu, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr("memlib.checkpoints.download", lambda *a: asked.append(a) or ["somewhere"])
+    monkeypatch.setattr(
+        "memlib.hub.checkpoints.download", lambda *a: asked.append(a) or ["somewhere"]
+    )
     for arguments in (["realvis"], ["sd14", "--dtype", "float32"], ["a/b", "--dtype", "float16"]):
         assert cli.main(["fetch", *arguments]) == 0
     assert asked == [("realvis", None, gpu), ("sd14", None, False), ("a/b", None, True)]

@@ -18,9 +18,9 @@ from test_store import one_line, same
 import memlib
 from memlib import cli
 from memlib.models import ModelError
-from memlib.recording import Here, LostWorkerError, OnRay, Processes
+from memlib.runs.work import Here, LostWorkerError, OnRay, Processes
 
-record = sys.modules["memlib.recording"]
+record = sys.modules["memlib.runs.work"]
 SEEDS, PROMPTS = 4, 6
 SMALL = dict(seeds=range(SEEDS), steps=3, severity="ncc", batch_size=4, threads=1, progress=False)
 COMMAND = f"trace --prompts {PROMPTS} --seeds {SEEDS} --steps 3 --severity ncc --batch-size 4"
@@ -213,7 +213,7 @@ def test_a_failure_costs_its_task_alone(lab, pairs, whole, tmp_path, capsys, wor
 @pytest.mark.parametrize("bad", [0, 4])
 def test_a_failure_costs_its_prompt_alone(lab, pairs, tmp_path, monkeypatch, bad):
     """Of five prompts in a task one fails: the others have the bits they would have had."""
-    real, together, seen = memlib.sample.sample, SMALL | {"batch_size": 20}, []
+    real, together, seen = memlib.runs.tracing.sample, SMALL | {"batch_size": 20}, []
 
     def sample(model, captions, *rest):
         seen.append(captions)
@@ -222,7 +222,7 @@ def test_a_failure_costs_its_prompt_alone(lab, pairs, tmp_path, monkeypatch, bad
         return real(model, captions, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(memlib.sample, "sample", sample)
+        patch.setattr(memlib.runs.tracing, "sample", sample)
         summary = memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", **together)
     assert (summary.done, summary.failed) == (PROMPTS - 1, {pairs.prompt_id[bad]: "not finite"})
     assert [len(captions) for captions in seen[:-1]] == [20] * (len(seen) - 1)
@@ -264,7 +264,7 @@ def test_an_error_that_cannot_travel(lab, pairs, tmp_path):
 
 def test_failure_is_the_exit_status(lab, pairs, whole, tmp_path, monkeypatch, capsys):
     """Predictions that are not finite, for one prompt: the others are recorded; exit status 1."""
-    real = memlib.sample.sample
+    real = memlib.runs.tracing.sample
     broken = pairs.caption[3]
 
     def sample(model, captions, *rest):
@@ -273,7 +273,7 @@ def test_failure_is_the_exit_status(lab, pairs, whole, tmp_path, monkeypatch, ca
         return real(model, captions, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(memlib.sample, "sample", sample)
+        patch.setattr(memlib.runs.tracing, "sample", sample)
         command = f"{COMMAND} --store {tmp_path / 'run'} --out {tmp_path / 'D.csv'}"
         assert cli.main(shlex.split(command)) == 1
     out = capsys.readouterr().out
@@ -288,7 +288,7 @@ def test_strict_raises(lab, pairs, tmp_path, monkeypatch):
     def sample(*_):
         raise FloatingPointError("not finite")
 
-    monkeypatch.setattr(memlib.sample, "sample", sample)
+    monkeypatch.setattr(memlib.runs.tracing, "sample", sample)
     with pytest.raises(FloatingPointError, match="not finite"):
         memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", strict=True, **SMALL)
 

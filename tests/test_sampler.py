@@ -6,8 +6,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 
 import memlib
-from memlib import sample, schedule
+from memlib import schedule
 from memlib.gram import VECTORS, add, eps_cfg
+from memlib.sampler import guidance_values, sample
 
 SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 CAPTIONS = ["a red apple on a blue background", "a dog on a pink background", ""]
@@ -20,7 +21,7 @@ def lab():
 
 def pipeline_latents(lab, captions, seeds, sampler, guidance_scale, steps, pipe=None):
     """The independent path: diffusers' pipeline from the folder, with its own scheduler."""
-    pipe = pipe or StableDiffusionPipeline.from_pretrained(memlib.models.LAB)
+    pipe = pipe or StableDiffusionPipeline.from_pretrained(memlib.paths.LAB)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = SCHEDULERS[sampler].from_config(pipe.scheduler.config)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -32,8 +33,8 @@ def pipeline_latents(lab, captions, seeds, sampler, guidance_scale, steps, pipe=
 
 def our_latents(lab, captions, seeds, sampler, guidance_scale, steps):
     scheduler = schedule.make_scheduler(lab.scheduler_config, sampler, steps)
-    guidance = sample.guidance_values(guidance_scale, steps)
-    return sample.sample(lab, captions, seeds, scheduler, guidance)["x_t"][-1]
+    guidance = guidance_values(guidance_scale, steps)
+    return sample(lab, captions, seeds, scheduler, guidance)["x_t"][-1]
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
@@ -51,7 +52,7 @@ def test_fifty_steps_equal_the_pipeline(lab):
 
 
 def test_images_equal_the_pipeline(lab):
-    pipe = StableDiffusionPipeline.from_pretrained(memlib.models.LAB)
+    pipe = StableDiffusionPipeline.from_pretrained(memlib.paths.LAB)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     theirs = pipe(
@@ -89,7 +90,7 @@ def test_gram_equals_direct_tensors(lab):
             lab, pairs, seeds=[4], sampler=sampler, steps=8, severity=None, progress=False
         )
         scheduler = schedule.make_scheduler(lab.scheduler_config, sampler, 8)
-        kept = sample.sample(lab, list(pairs.caption), [4], scheduler, np.full(8, 7.5))
+        kept = sample(lab, list(pairs.caption), [4], scheduler, np.full(8, 7.5))
         kept = {k: v[:, 0].flatten(1).double().numpy() for k, v in kept.items()}
         x_0 = lab.encode_images(pairs.image)[0].flatten().double().numpy()
         x, x_T, x_gen = kept["x_t"], kept["x_t"][0], kept["x_t"][-1]
@@ -151,7 +152,7 @@ def test_pair_distances_are_the_states_own(lab):
         lab, pairs, seeds=[0, 9, 4], steps=5, severity=None, progress=False
     )
     scheduler = schedule.make_scheduler(lab.scheduler_config, "ddim", 5)
-    kept = sample.sample(lab, list(pairs.caption) * 3, [0, 9, 4], scheduler, np.full(5, 7.5))["x_t"]
+    kept = sample(lab, list(pairs.caption) * 3, [0, 9, 4], scheduler, np.full(5, 7.5))["x_t"]
     direct = torch.linalg.vector_norm(
         kept[:, :, None].double() - kept[:, None].double(), dim=(3, 4, 5)
     )

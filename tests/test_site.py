@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from memlib import book, claims
+from memlib import claims
+from memlib.site import book
 
 EXPECTED = tomllib.loads((book.ROOT / "tests/verdicts.toml").read_text())
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -162,7 +163,7 @@ def test_every_verdict_links_to_a_figure_that_is_there(site):
 def flips(profile: str) -> list[str]:
     """Claims whose verdict on the lab is not the expected one."""
     book.build(book.ROOT, profile)
-    table = claims.read(book.ROOT / "_build" / profile / "work" / "results")
+    table = book.read(book.ROOT / "_build" / profile / "work" / "results")
     table = table[(table.model == "lab") & table.measure.isin(["", "sscd"])]
     found = {(r.claim, r.sampler): r.verdict for r in table.itertuples()}
     wanted = {(c, s): v for c, row in EXPECTED[profile].items() for s, v in row.items()}

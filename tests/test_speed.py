@@ -19,11 +19,12 @@ from test_sampler import CAPTIONS, our_latents, pipeline_latents
 from test_store import same
 
 import memlib
-from memlib import cli, cost, models, sample
-from memlib.recording import Here
-from memlib.store import StoreError
+from memlib import cli, models, trace
+from memlib.runs import cost, tracing
+from memlib.runs.store import StoreError
+from memlib.runs.work import Here
 
-record = sys.modules["memlib.recording"]
+record = sys.modules["memlib.runs.work"]
 PROMPTS = 3
 SMALL = dict(seeds=range(4), steps=3, severity="ncc", threads=1, progress=False)
 
@@ -166,7 +167,7 @@ def test_the_card_is_told_by_its_name():
 
 def test_distances_where_the_device_lacks_memory(monkeypatch):
     states = [torch.randn(5, 2, 3, 3) for _ in range(4)]
-    expected = sample._pair_distances(states)
+    expected = trace.seed_distances(states)
     stack, calls = torch.stack, []
 
     def small(tensors, dim):
@@ -176,7 +177,7 @@ def test_distances_where_the_device_lacks_memory(monkeypatch):
         return stack(tensors, dim)
 
     monkeypatch.setattr(torch, "stack", small)
-    np.testing.assert_array_equal(sample._pair_distances(states), expected)
+    np.testing.assert_array_equal(trace.seed_distances(states), expected)
     assert len(calls) == 2
 
 
@@ -312,7 +313,7 @@ def test_a_run_on_a_gpu_keeps_its_batch(lab, pairs, tmp_path, monkeypatch):
     asked.clear()
     memlib.record(**one)
     assert set(asked[1:]) == {8}
-    plan = memlib.store.Run(tmp_path / "run").read_plan()
+    plan = memlib.runs.store.Run(tmp_path / "run").read_plan()
     assert {work["batch_size"] for work in plan["work"]} == {8}
     assert [len(work["prompts"]) for work in plan["work"]] == [3, 3]
 
@@ -363,7 +364,7 @@ def test_the_next_task_is_sampled_while_the_first_is_decoded(
 ):
     """The first decoding ends only when the second sampling has begun; the bits are the same."""
     monkeypatch.setattr(record, "Here", Deep)
-    real, decode, events, begun = memlib.sample.sample, lab.decode, [], threading.Event()
+    real, decode, events, begun = memlib.runs.tracing.sample, lab.decode, [], threading.Event()
 
     def sample_(*arguments):
         events.append("sample")
@@ -378,7 +379,7 @@ def test_the_next_task_is_sampled_while_the_first_is_decoded(
         assert threading.current_thread() is not threading.main_thread()
         return pictures
 
-    monkeypatch.setattr(memlib.sample, "sample", sample_)
+    monkeypatch.setattr(memlib.runs.tracing, "sample", sample_)
     monkeypatch.setattr(lab, "decode", decode_)
     summary = memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", batch_size=4, **SMALL)
     assert (summary.done, summary.failed) == (PROMPTS, {})
@@ -412,7 +413,7 @@ def test_a_decoder_without_memory_waits_for_the_device(lab, pairs, whole, tmp_pa
     """Fewer at once, then alone on the device: nothing is sampled twice, and nothing is lost."""
     monkeypatch.setattr(record, "Here", Deep)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    real, decode, sampled, sizes = memlib.sample.sample, lab.decode, [], []
+    real, decode, sampled, sizes = memlib.runs.tracing.sample, lab.decode, [], []
 
     def decode_(latents):
         sizes.append(len(latents))
@@ -421,7 +422,7 @@ def test_a_decoder_without_memory_waits_for_the_device(lab, pairs, whole, tmp_pa
         return decode(latents)
 
     monkeypatch.setattr(lab, "decode", decode_)
-    monkeypatch.setattr(memlib.sample, "sample", lambda *a: sampled.append(1) or real(*a))
+    monkeypatch.setattr(memlib.runs.tracing, "sample", lambda *a: sampled.append(1) or real(*a))
     summary = memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", batch_size=4, **SMALL)
     assert (summary.done, summary.failed) == (PROMPTS, {})
     assert sizes == [4, 2, 1, 4, 4, 4]
@@ -532,7 +533,7 @@ def test_the_first_try_is_forgotten():
 
     model = SimpleNamespace(precision="float16", full_precision=contextlib.nullcontext)
     with pytest.warns(UserWarning, match="not finite; this batch is done in float32"):
-        assert sample._rescued(model, first, again) == ("done", True)
+        assert tracing._rescued(model, first, again) == ("done", True)
 
 
 def test_what_fits_is_kept_in_mind(lab, pairs, monkeypatch):

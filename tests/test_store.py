@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from numcodecs import Blosc, Zlib, Zstd
 
 import memlib
-from memlib import chunks, cli, sample, store
-from memlib.store import Run, StoreError
+from memlib import cli, sampler
+from memlib.runs import chunks, store, tracing
+from memlib.runs.store import Run, StoreError
 
 PROMPTS, SEEDS, TOGETHER = 6, 4, 8  # two prompts in a task
 SMALL = dict(steps=3, severity="ncc", batch_size=TOGETHER, progress=False)
@@ -57,13 +58,13 @@ def run(whole, tmp_path):
 @pytest.fixture
 def sampled(monkeypatch):
     """The (caption, seed) of every image that is sampled."""
-    seen, real = [], sample.sample
+    seen, real = [], sampler.sample
 
     def count(model, captions, seeds, *rest):
         seen.extend(zip(captions, seeds, strict=True))
         return real(model, captions, seeds, *rest)
 
-    monkeypatch.setattr(sample, "sample", count)
+    monkeypatch.setattr(tracing, "sample", count)
     return seen
 
 
@@ -95,7 +96,7 @@ def one_line(error, *parts):
 FORKER = """
 import json, os, signal, sys
 import memlib
-from memlib import store
+from memlib.runs import store
 lab = memlib.load("lab")
 pairs = memlib.load_pairs("lab").iloc[:{prompts}].copy()
 pairs.loc[4, "image"] = ""
@@ -408,7 +409,7 @@ def test_vanishing_folder(lab, pairs, tmp_path, whole, monkeypatch, how, when):
         return call
 
     if when == "while sampling":
-        monkeypatch.setattr(sample, "sample", at(2, sample.sample))
+        monkeypatch.setattr(tracing, "sample", at(2, sampler.sample))
     else:
         after = when == "between tasks"
         monkeypatch.setattr(Run, "put", at(2 if after else PROMPTS, Run.put, after))
@@ -834,7 +835,7 @@ def book(monkeypatch, tmp_path):
 
 
 def test_a_killed_book_goes_on(lab, pairs, book, monkeypatch):
-    seen, real = [], sample.sample
+    seen, real = [], sampler.sample
 
     def killed(model, captions, seeds, *rest):
         if len(seen) == 2:
@@ -843,12 +844,12 @@ def test_a_killed_book_goes_on(lab, pairs, book, monkeypatch):
         return real(model, captions, seeds, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "sample", killed)
+        patch.setattr(tracing, "sample", killed)
         with pytest.raises(KeyboardInterrupt):
             ask(lab, pairs)
     (folder,) = book.glob("reverse_trace-*/")
     assert memlib.verify(folder).done == 2
-    monkeypatch.setattr(sample, "sample", lambda *a: seen.append(a[1][0]) or real(*a))
+    monkeypatch.setattr(tracing, "sample", lambda *a: seen.append(a[1][0]) or real(*a))
     trace = ask(lab, pairs)
     assert seen == list(pairs.caption)
     agree(trace, memlib.reverse_trace(lab, pairs, range(SEEDS), batch_size=4, **BOOK))

@@ -113,7 +113,7 @@ def test_the_accumulated_noise_is_what_the_sampler_added(atoms):
     """DDPM: x_{i+1} = c_0 x0_hat + c_t x_t + sigma z, so with one atom the rest is the noise."""
     model = WithTarget(atoms[:1], ["a"])
     scheduler = schedule.make_scheduler(model.scheduler_config, "ddpm", 50, torch.float64)
-    kept = memlib.sample.sample(model, ["a"], [3], scheduler, np.full(50, 1.0))
+    kept = memlib.runs.tracing.sample(model, ["a"], [3], scheduler, np.full(50, 1.0))
     _, alpha_bar = schedule.state_levels(scheduler)
     w = schedule.oracle_weights(alpha_bar, "ddpm")
     for i in (0, 1, 25, 50):
@@ -211,7 +211,7 @@ def test_the_exact_model_of_the_lab_copies_every_caption_it_knows():
     pairs = memlib.load_pairs("lab").iloc[[0, 44]]
     trace = memlib.reverse_trace(exact, pairs, seeds=[0, 1], steps=10, progress=False)
     for n, file in enumerate(pairs.image):  # as alike as what the VAE leaves of the picture
-        target = memlib.pairs.read_image(file, 64)
+        target = memlib.prompts.read_image(file, 64)
         best = memlib.similarity(exact.decode(exact.encode_images([file])), target)
         assert float(trace.severity[n].min()) > best - 0.1
     assert float(memlib.spread(trace)[:, -1].max() / memlib.norm(trace, "x_0")[0, 0, 0]) < 0.1

@@ -80,7 +80,7 @@ def test_the_oldest_versions_give_the_same_numbers(aged, tmp_path):
 
 CHAPTER = """
 import tomllib
-from memlib import book
+from memlib.site import book
 
 chapters = {"severity": book.read_chapters(book.ROOT)["severity"]}
 sizes = tomllib.loads((book.ROOT / "book/profiles.toml").read_text())["smoke"]["severity"]

@@ -6,7 +6,7 @@ were asked for together. It is written apart, then moved into place, its checksu
 for each seed and variable, over the values) last: a piece without them does not count. What is to
 be recorded stands in ``plan.json``, kept twice; the rest of the header follows from it.
 
-`Run` knows nothing of models and samplers: `memlib.recording` does the work.
+`Run` knows nothing of models and samplers: `memlib.runs.work` does the work.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ import xarray as xr
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
-from memlib.checksums import sha256
-from memlib.chunks import Array, group
 from memlib.errors import first_line, short
+from memlib.files import sha256
+from memlib.runs.chunks import Array, group
 
 SCHEMA = "memlib-run-1"
 PLAN, COPY = "plan.json", ".plan.json"

@@ -19,26 +19,23 @@ import socket
 import ssl
 import threading
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
-from PIL import Image
 from tqdm import tqdm
 
-from memlib import checksums
+from memlib import files
 from memlib.errors import first_line, nearest, short
-from memlib.lists import FORMATS, SET_ASIDE, SHARED, one_for_many, shared_note
-from memlib.pairs import PairsError, readable, to_rgb
+from memlib.hub.pictures import SET_ASIDE, SHARED, Look, look_at, one_for_many, shared_note
+from memlib.prompts import FORMATS
 
 COLUMNS = ["prompt_id", "url", "status", "reason", "file", "bytes", "width", "height", "sha256"]
 HEADERS = {
@@ -60,7 +57,6 @@ STAND_IN = re.compile(
     r"(?: (?:image|img|photo|picture|large|small|medium|thumb|[\dx]+))*$"
 )
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-DECODING = threading.Lock()  # one image at a time: 80 megapixels are 240 MB
 Seconds = int | float
 
 
@@ -230,11 +226,6 @@ def file(
     return target
 
 
-def check_image(path: str | Path, min_side: int = 64, max_pixels: int = 80_000_000) -> str | None:
-    """Why a file is not used as a training image, in one line; None where it can be."""
-    return _look(Path(path), min_side, max_pixels).reason
-
-
 def is_public(address: str) -> bool:
     """Whether an IP address, and an IPv4 address inside it, is one of the public internet."""
     ip = ipaddress.ip_address(address.partition("%")[0])
@@ -246,65 +237,6 @@ def is_public(address: str) -> bool:
     return ip.is_global and not inward and not getattr(ip, "is_site_local", False)
 
 
-class _Look(NamedTuple):
-    reason: str | None
-    suffix: str = ""
-    size: tuple[int, int] = (0, 0)
-    decoded: bool = False
-
-
-def _look(path: Path, min_side: int, max_pixels: int) -> _Look:
-    """What a file is, by its content and never by its name."""
-    if not path.is_file():
-        return _Look("no such file")
-    with path.open("rb") as handle:
-        head = handle.read(1024)
-    kind = next((k for k, (m, _) in FORMATS.items() if re.match(m, head, re.DOTALL)), None)
-    if kind is None:
-        return _Look(_what(head))
-    suffix, size = FORMATS[kind][1][0], (0, 0)
-    with DECODING, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if kind not in readable():
-            return _Look(f"an {kind} picture, which this Pillow cannot read: it needs a newer one")
-        try:
-            with Image.open(path, formats=[kind]) as image:
-                size = image.size
-                if size[0] * size[1] > max_pixels:
-                    bomb = f"a decompression bomb: {size[0]} x {size[1]} pixels"
-                    return _Look(f"{bomb}, more than {max_pixels}", suffix, size)
-                picture = to_rgb(image)
-                size, extrema = picture.size, picture.getextrema()
-        except Image.DecompressionBombError as error:
-            return _Look(f"a decompression bomb: {first_line(error)}", suffix, size)
-        except PairsError as error:
-            return _Look(str(error), suffix, size, True)
-        except Exception as error:  # damaged files raise nearly anything
-            reason = f"a damaged {kind}, it cannot be decoded: {short(first_line(error), 120)}"
-            return _Look("truncated" if "truncated" in reason else reason, suffix, size)
-    reason = None
-    if min(size) < min_side:
-        reason = f"tiny: {size[0]} x {size[1]} pixels, a side below {min_side}"
-    elif not any(high for _, high in extrema):
-        reason = "all black: a placeholder"
-    elif all(low == high for low, high in extrema):
-        reason = f"a single colour {tuple(high for _, high in extrema)}: a placeholder"
-    return _Look(reason, suffix, size, True)
-
-
-def _what(head: bytes) -> str:
-    head = head.lower()
-    if not head:
-        return "empty"
-    if b"<html" in head or b"<!doctype html" in head:
-        return "an HTML page, not an image"
-    if re.match(rb"....ftyp(hei|hev|mif1|msf1)", head, re.DOTALL):
-        return "a HEIF picture, which Pillow does not read: convert it to PNG"
-    if b"<svg" in head:
-        return "an SVG drawing, not a photograph"
-    return f"not an image of a known kind ({', '.join(FORMATS)})"
-
-
 def _item(
     client: _Client, folder: Path, stem: str, urls: list[str], old: dict | None, retries: int,
     retry_failed: bool, min_side: int, max_pixels: int, refused: dict[str, str],
@@ -314,7 +246,7 @@ def _item(
     partial = folder / f"{stem}.partial"
     partial.unlink(missing_ok=True)
     for final in finals:
-        if final.is_file() and (look := _look(final, min_side, max_pixels)).reason is None:
+        if final.is_file() and (look := look_at(final, min_side, max_pixels)).reason is None:
             url = (old or {}).get("url") or (urls[0] if len(urls) == 1 else "")
             row = _row(stem, url, "kept", "", final, look)
             if url and url not in urls:
@@ -327,7 +259,7 @@ def _item(
     for url in urls:
         try:
             client.save(url, partial, retries)
-            look = _look(partial, min_side, max_pixels)
+            look = look_at(partial, min_side, max_pixels)
             row = _row(stem, url, "set aside" if look.reason else "ok", look.reason, partial, look)
             if row["status"] == "ok" and (same := refused.get(row["sha256"])):
                 look = look._replace(reason=shared_note([same]))
@@ -354,7 +286,7 @@ def _item(
 def _refused(folder: Path) -> dict[str, str]:
     """Checksums of the pictures that were set aside: no other prompt's picture is one of them."""
     files = sorted((folder / SET_ASIDE).glob("*.*"))
-    return {checksums.sha256(file): f"{SET_ASIDE}/{file.name}" for file in reversed(files)}
+    return {files.sha256(file): f"{SET_ASIDE}/{file.name}" for file in reversed(files)}
 
 
 def _one_for_many(
@@ -388,9 +320,9 @@ def _rank(row: dict) -> int:
 
 def _row(
     stem: str, url: str, status: str, reason: str | None, path: Path | None = None,
-    look: _Look | None = None,
+    look: Look | None = None,
 ) -> dict:  # fmt: skip
-    size, digest = (path.stat().st_size, checksums.sha256(path)) if path else (0, "")
+    size, digest = (path.stat().st_size, files.sha256(path)) if path else (0, "")
     width, height = look.size if look else (0, 0)
     reason = "".join(c if c.isprintable() else " " for c in reason or "")[:200]
     values = (stem, url, status, reason, path.name if path else "", size, width, height, digest)

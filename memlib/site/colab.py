@@ -1,6 +1,6 @@
 """Install the book into the Python of a running notebook, on Colab: what runs there stays.
 
-The first cell of the notebooks runs it by its path, ``python -P memlib/colab.py``.
+The first cell of the notebooks runs it by its path, ``python -P memlib/site/colab.py``.
 """
 
 import platform
@@ -15,7 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KEPT = ("torch", "numpy", "ipykernel")  # another version under a running kernel would break it
 
 

@@ -28,15 +28,16 @@ import tomllib
 from html import escape
 from pathlib import Path
 
+import pandas as pd
 from filelock import FileLock, Timeout
 
+from memlib.claims import CLAIMS, RESULTS
+from memlib.hub.lists import webster
+from memlib.hub.names import ALIASES, CHECKPOINTS
 from memlib.paths import ROOT
 
 PATHS = {"model", "pairs"}  # parameters that may hold a path
 LAB_NAMES = ("lab", "exact")
-NAMED = tomllib.loads(Path(__file__).with_name("checkpoints.toml").read_text())
-ALIASES = {alias: name for name, c in NAMED.items() for alias in c.get("aliases", ())}
-WEBSTER = ("sd14", "sd21", "realvis")  # beginnings of the names of models that have a list
 
 
 class BookError(Exception):
@@ -146,12 +147,6 @@ def model_parameters(defaults: dict, model: str) -> list[str]:
     ]  # fmt: skip
 
 
-def webster(model: str) -> str:
-    """The list that goes with a named model, '' if none: one for both SD v2.1, one for realvis*."""
-    named = model in NAMED or model in ALIASES
-    return next((f"webster-{w}" for w in WEBSTER if named and model.startswith(w)), "")
-
-
 def assign(chosen: dict, defaults: dict, key: str, value) -> None:
     """Set ``name`` in every chapter that has it, ``chapter.name`` in one; refuse unknown ones."""
     chapter, dot, name = key.rpartition(".")
@@ -206,8 +201,12 @@ def digest(root: Path, notebook, chosen: dict) -> str:
     """Hash of everything a chapter's outputs depend on."""
     code = [(c.source, c.metadata.get("tags")) for c in notebook.cells if c.cell_type == "code"]
     files = [*root.glob("memlib/**/*.py"), *root.glob("memlib/*.mplstyle")]
-    files += [*root.glob("memlib/*.toml"), root / "data/lab/SHA256SUMS", root / "constraints.txt"]
-    files = [path for path in files if path != root / "memlib/book.py"]
+    files += [
+        *root.glob("memlib/**/*.toml"),
+        root / "data/lab/SHA256SUMS",
+        root / "constraints.txt",
+    ]
+    files = [path for path in files if path != root / "memlib/site/book.py"]
     if any("bench." in source for source, _ in code):
         files.append(root / "data/bench.json")
     return fingerprint(root, files, json.dumps([code, chosen], sort_keys=True))
@@ -430,7 +429,7 @@ def stage(root: Path, profile: str, chapters: dict) -> Path:
     return folder
 
 
-TITLES = {"lab": "the lab"} | {name: c["title"] for name, c in NAMED.items()}
+TITLES = {"lab": "the lab"} | {name: c.title for name, c in CHECKPOINTS.items()}
 PAPER = ("sd14", "sd21", "sd21-base", "realvis14", "realvis20")  # what the paper may mean
 SIGNS = {"holds": "✓ ", "does not hold": "✗ ", "not decided": "? ", "not run": ""}
 
@@ -500,13 +499,21 @@ def read_rows(claims: dict, folder: Path) -> list[dict]:
     return rows
 
 
+def read(folder: str | Path = RESULTS) -> pd.DataFrame:
+    """All rows that runs have left in a results folder, in the order of the ledger."""
+    order = list(CLAIMS)
+    key = ("model", "sampler", "measure")
+    rows = read_rows(CLAIMS, Path(folder))
+    return pd.DataFrame(sorted(rows, key=lambda r: (order.index(r["claim"]), *(r[k] for k in key))))
+
+
 def build_of(row: dict) -> tuple[str, str, str]:
     """Which model a row is of, exactly: title, fingerprint, precision.
 
     The title follows the repository, whatever name a row was recorded under; a folder has its own.
     """
     origin, name = row["fingerprint"], row["model"]
-    titles = [c["title"] for c in NAMED.values() if origin.startswith(f"{c['repository']}@")]
+    titles = [c.title for c in CHECKPOINTS.values() if origin.startswith(f"{c.repository}@")]
     if not titles and (name == "lab" or "@" in origin.split()[0]):
         titles = [TITLES.get(name, name)]
     return (titles or [name])[0], origin, row["precision"]
@@ -659,7 +666,7 @@ if not os.path.isdir("how-diffusion-models-memorize"):
     !git clone -q {url} how-diffusion-models-memorize
 !git -C how-diffusion-models-memorize checkout -q {commit}
 # Adds what is missing here; torch, numpy and ipykernel of this runtime stay as they are.
-script = [sys.executable, "-P", "how-diffusion-models-memorize/memlib/colab.py"]
+script = [sys.executable, "-P", "how-diffusion-models-memorize/memlib/site/colab.py"]
 done = subprocess.run(script, capture_output=True, text=True)
 if done.returncode:
     raise SystemExit(done.stderr)

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import functools
 import hashlib
 import io
 import json
 import os
 import re
-import warnings
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps, features
 
-from memlib.checksums import digest, sha256, verify
 from memlib.errors import first_line, nearest, short
-from memlib.lists import (
-    FORMATS,
-    LISTS,
-    find_images,
-    index_text,
-    list_file,
-    standard,
-)
+from memlib.files import digest, sha256, verify
+from memlib.hub.lists import LISTS, index_text, list_file, standard
+from memlib.hub.pictures import find_images
 from memlib.paths import LAB, data_folder
+from memlib.prompts import PairsError, read_image
 
 LAB_PAIRS = LAB / "pairs.csv"
 # Columns that mean something here, in whatever case a list has them; the first are text.
@@ -37,13 +29,6 @@ NAMES = (*TEXTS, "kind", "overfit_type", "multiplicity", "group", "retrieved_url
 MAY_LACK = ("prompt_id", "index", "multiplicity", "group", "image", "url")  # R's NA: not there
 NO_TEXT = (bytes, dict, list, tuple, np.ndarray)
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-
-
-class PairsError(ValueError):
-    """A manifest or an image that cannot be used; the message says which and why."""
-
-    def __init__(self, message: str):
-        super().__init__(short(message, 300))
 
 
 def load_pairs(source: str | Path = "lab", images: str | Path | None = None) -> pd.DataFrame:
@@ -360,75 +345,3 @@ def name_rows(pairs: pd.DataFrame) -> pd.DataFrame:
     ids = pairs.prompt_id.copy()
     ids[missing] = names.where(turn == 0, names + "-" + (turn + 1).astype(str))
     return pairs.assign(prompt_id=ids)
-
-
-@functools.cache
-def readable() -> tuple[str, ...]:
-    """Those of `lists.FORMATS` that Pillow reads as it is installed here."""
-    needs = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an older Pillow does not know the word
-        return tuple(k for k in FORMATS if k not in needs or features.check(needs[k]))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture's first frame, upright, as 8-bit RGB, as a training set has it.
-
-    Transparency is laid on white, as img2dataset does, which made the LAION training files. Grey of
-    16 bits is scaled: 65535 is white. `image` itself is turned upright.
-
-    Raises
-    ------
-    PairsError
-        It is fully transparent, or its numbers have no known range (32 bits, floats).
-    """
-    ImageOps.exif_transpose(image, in_place=True)
-    image.load()
-    clear = image.info.get("transparency")
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        deep = np.asarray(image)
-        seen = None if clear is None else Image.fromarray(np.uint8(255) * (deep != clear))
-        image = Image.fromarray(((deep.astype(np.uint32) + 128) // 257).astype(np.uint8))
-        if seen is not None:
-            image = Image.merge("LA", (image, seen))
-    elif image.mode in ("I", "F"):
-        raise PairsError("of 32 bits a pixel, whose range is not known: save it with 8 or 16")
-    elif isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits; the pixels have 8 now
-        image.info["transparency"] = tuple(v >> 8 for v in clear)
-    palette = image.palette.mode if image.mode == "P" and image.palette else ""
-    layered = image.mode in ("LA", "PA", "RGBA", "RGBa") or palette == "RGBA"
-    if not layered and "transparency" not in image.info:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    if not image.getchannel("A").getextrema()[1]:
-        raise PairsError("fully transparent: a placeholder, not a training image")
-    ground = Image.new("RGB", image.size, "white")
-    ground.paste(image, mask=image)
-    return ground
-
-
-def read_image(file: str | Path, size: int | None) -> np.ndarray:
-    """An image as uint8 [y, x, rgb]: see `to_rgb`; short side to `size`, centre crop.
-
-    Raises
-    ------
-    PairsError
-        The file is missing, cannot be decoded, or is all black or transparent (a placeholder).
-    """
-    name = short(file, 120)
-    try:
-        with Image.open(file, formats=readable()) as opened:
-            image = to_rgb(opened)
-    except FileNotFoundError as error:
-        raise PairsError(f"image {name} is missing") from error
-    except PairsError as error:
-        raise PairsError(f"image {name} is {error}") from error
-    except Exception as error:  # damaged files raise nearly anything
-        reason = getattr(error, "strerror", None) or short(first_line(error))
-        raise PairsError(f"image {name} cannot be decoded: {reason}") from error
-    if size is not None and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    picture = np.array(image)
-    if picture.max() == 0:
-        raise PairsError(f"image {name} is all black: a placeholder, not a training image")
-    return picture

@@ -37,19 +37,16 @@ import xarray as xr
 from tqdm import tqdm
 
 import memlib
-from memlib import claims, cost
-from memlib.answers import unwrapped
+from memlib import claims
 from memlib.gram import VECTORS
+from memlib.models import DiffusersModel
 from memlib.paths import BENCH as RESULTS
-from memlib.recording import Job, Processes, cores, identity
-from memlib.sample import (
-    _contract,
-    _pair_distances,
-    guidance_values,
-    reverse_trace,
-    sample,
-    sample_trace,
-)
+from memlib.paths import LAB
+from memlib.runs import cost
+from memlib.runs.store import Run, prompt_rows
+from memlib.runs.tracing import reverse_trace, sample_trace
+from memlib.runs.work import Job, Processes, cores, identity
+from memlib.sampler import guidance_values, sample
 from memlib.schedule import (
     SAMPLERS,
     ddpm_noise_coefficients,
@@ -58,7 +55,7 @@ from memlib.schedule import (
     schedule_weights,
     state_levels,
 )
-from memlib.store import Run, prompt_rows
+from memlib.trace import contract, seed_distances
 
 FIRSTS = (1, 2, 3, 5, 8, 10, 15, 20, 25, 30, 40)  # states that D1 is summed over, in parts
 T4 = int(15e9)  # bytes of a T4 that are free
@@ -140,7 +137,7 @@ class Workload:
     """A model, prompts and seeds, and the ways to sample them."""
 
     def __init__(self, model: str, prompts: int, seeds: int = 10, steps: int = 50):
-        self.model = unwrapped(memlib.load(model))
+        self.model = memlib.load(model).uncached
         from diffusers import StableDiffusionPipeline  # loaded by now, and quiet
 
         # A pipeline of its own, so that nothing of ours is switched on in it.
@@ -402,12 +399,12 @@ def _invented_vectors(load: Workload, rounds: int, shape: tuple, prompts: int) -
         torch.save(kept, folder / f"{number}.pt")
         kept["x_t"] = kept.pop("latents")
         noise = torch.zeros(1, count, *shape).expand_as(kept["x_t"])
-        gram = _contract(kept | {"noise": noise}, torch.stack([targets[-1]] * count))
+        gram = contract(kept | {"noise": noise}, torch.stack([targets[-1]] * count))
         values = {
             "gram": (("seed", "step", "vec", "vec_"), gram),
             "pair_distance": (
                 ("step", "seed", "seed_"),
-                _pair_distances(list(kept["x_t"].unbind(1))),
+                seed_distances(list(kept["x_t"].unbind(1))),
             ),
             "severity": (("seed",), np.zeros(count)),
             "rescued": (("seed",), np.zeros(count, np.uint8)),
@@ -447,7 +444,7 @@ def workers(model: str, rounds: int) -> dict:
     rows = load.pairs.reset_index(drop=True)
 
     def tasks(count: int):
-        from memlib.store import Task
+        from memlib.runs.store import Task
 
         together = [(2 * n, 2 * n + 1) for n in range(count)]
         return [Task(n, p, tuple(load.seeds), 20) for n, p in enumerate(together)]
@@ -525,7 +522,7 @@ def network(model: str, rounds: int) -> dict:
     """Operations a second: the lab's U-Net, and one of Stable Diffusion's size, random weights."""
     from diffusers import UNet2DConditionModel
 
-    lab = unwrapped(memlib.load(model))
+    lab = memlib.load(model).uncached
     side, options = cost.UNETS["sd14"]
     large = UNet2DConditionModel(sample_size=side, **options).eval().to(lab.device)
     cases = {
@@ -709,7 +706,7 @@ def random_pipeline(device: torch.device, precision: str, small: bool):
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    lab, width = unwrapped(memlib.load("lab", device="cpu")), 64 if small else 768
+    lab, width = memlib.load("lab", device="cpu").uncached, 64 if small else 768
     side, options = cost.UNETS["sd14"]
     options = options | {"cross_attention_dim": width}
     if small:
@@ -726,9 +723,7 @@ def random_pipeline(device: torch.device, precision: str, small: bool):
             hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64,
             num_hidden_layers=2 if small else 12,
         ))  # fmt: skip
-    tokenizer = type(lab.pipe.tokenizer).from_pretrained(
-        memlib.models.LAB / "tokenizer", model_max_length=77
-    )
+    tokenizer = type(lab.pipe.tokenizer).from_pretrained(LAB / "tokenizer", model_max_length=77)
     parts = {"unet": unet, "vae": vae, "text_encoder": text}
     for part in parts.values():
         torch.nn.Module.to(part.eval(), getattr(torch, precision))
@@ -747,7 +742,7 @@ class OnCard:
         precision = "float32" if small else "float16"
         self.seeds, self.steps = (range(2), 2) if small else (range(10), 50)
         self.pipe = random_pipeline(device, "float32", small)
-        self.model = memlib.models.DiffusersModel(self.pipe, "sd14-random", "random", precision)
+        self.model = DiffusersModel(self.pipe, "sd14-random", "random", precision)
         self.pairs = memlib.load_pairs("lab").iloc[: 4 if small else 9]
         self.folder, self.compile = Path(tempfile.mkdtemp(prefix="memlib-bench-")), not small
         self.device, self.small, self.plain_pipe = device, small, None

@@ -28,19 +28,14 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from memlib import cost
-from memlib.answers import unwrapped
 from memlib.errors import first_line, nearest
-from memlib.sample import (
-    guidance_values,
-    progress_bar,
-    reverse_trace,
-    sample_trace,
-    score,
-    tell_of_long_captions,
-)
-from memlib.severity import OFFICIAL, PREPROCESSING
-from memlib.store import Run, StoreError, Task, prompt_rows
+from memlib.hub.loading import load
+from memlib.measures import OFFICIAL, PREPROCESSING
+from memlib.runs import cost
+from memlib.runs.store import Run, StoreError, Task, prompt_rows
+from memlib.runs.tracing import progress_bar, reverse_trace, sample_trace, tell_of_long_captions
+from memlib.sampler import guidance_values
+from memlib.trace import score
 
 ENGINES = ("local", "ray")
 ATTEMPTS = 3  # a task whose worker dies so often is given up
@@ -86,11 +81,9 @@ class Job:
 
     def load(self):
         """The model, in a process of its own."""
-        import memlib
-
         if self.threads:
             torch.set_num_threads(self.threads)
-        model = unwrapped(memlib.load(**self.recipe))
+        model = load(**self.recipe).uncached
         if self.together:
             model.together = self.together
         return model
@@ -552,7 +545,7 @@ def record(
         recorded is kept.
     """
     begun = time.monotonic()
-    kernel = unwrapped(model)
+    kernel = getattr(model, "uncached", model)
     if "seeds" in settings:
         settings["seeds"] = list(settings["seeds"])  # a generator is used up once
     agreed, values = identity(function, kernel, pairs, settings)

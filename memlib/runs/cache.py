@@ -6,8 +6,6 @@ import hashlib
 import inspect
 import itertools
 import json
-import os
-import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -16,19 +14,20 @@ import pandas as pd
 import xarray as xr
 from filelock import FileLock
 
-import memlib.pairs
-from memlib import gram, models, sample, schedule, severity
-from memlib.answers import unwrapped
+from memlib import gram, measures, models, prompts, sampler, schedule
+from memlib import trace as trace_
+from memlib.hub.answers import leave_card, of_hub
 from memlib.paths import cache_folder
-from memlib.recording import identity, record
-from memlib.store import Run, StoreError, prompt_rows
+from memlib.runs import tracing
+from memlib.runs.store import Run, StoreError, prompt_rows
+from memlib.runs.work import identity, record
 
 
 def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **settings):
     """`function(model, pairs, **settings)`, read from the cache as far as it was recorded before.
 
     `function` is `reverse_trace` or `forward_trace`. What is asked for is a run of its own
-    (`memlib.store`), whose name covers everything that matters: the weights, the prompts and the
+    (`memlib.runs.store`), whose name covers everything that matters: the weights, the prompts and the
     bytes of their images, the settings, the code and the versions of the packages. A run that was
     stopped goes on where it was. What ``memlib trace`` has recorded is taken, too, where it has
     all that is asked for. Traces of a Hub model are dear and travel: those of another machine,
@@ -43,13 +42,13 @@ def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **
     """
     if "seeds" in settings:
         settings["seeds"] = list(settings["seeds"])  # the key must not use up a generator
-    agreed, values = identity(function, unwrapped(model), pairs, settings)
+    agreed, values = identity(function, model.uncached, pairs, settings)
     rows, seeds = prompt_rows(pairs), [int(s) for s in values.get("seeds", [])]
     own, shared, where = _names(function, agreed, [rows, seeds], model)
     folder = cache_folder() / f"{own}-{where}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        anywhere = "" if _of_hub(model) else where
+        anywhere = "" if of_hub(model) else where
         known = [f for name in (own, shared) for f in folder.parent.glob(f"{name}-{anywhere}*")]
         known = sorted((f for f in known if f.is_dir()), key=lambda f: -f.stat().st_mtime)
         for candidate in (folder, *(f for f in known if f != folder)):
@@ -72,44 +71,16 @@ def run_folder(model, pairs: pd.DataFrame, **settings) -> Path:
     Another list, whose ids are those of recorded prompts and all stand for others, gets a run of
     its own beside it.
     """
-    agreed, _ = identity(sample.reverse_trace, unwrapped(model), pairs, settings)
-    _, shared, where = _names(sample.reverse_trace, agreed, [], model)
+    agreed, _ = identity(tracing.reverse_trace, model.uncached, pairs, settings)
+    _, shared, where = _names(tracing.reverse_trace, agreed, [], model)
     first, rows = cache_folder() / f"{shared}-{where}", prompt_rows(pairs)
     beside = (first.with_name(f"{first.name}-{n}") for n in itertools.count(2))
     return next(f for f in itertools.chain([first], beside) if Run(f).takes(rows))
 
 
-def card_file(name: str) -> Path:
-    """Where the cache describes a Hub model, so that its traces are read without its weights."""
-    return cache_folder() / "models" / f"{re.sub('[^A-Za-z0-9.-]', '_', name)}.json"
-
-
-def leave_card(model) -> None:
-    """Describe a Hub model in the cache, so that the book is built without its weights."""
-    if not _of_hub(model):
-        return
-    card = {
-        "source": model.source,
-        "fingerprint": model.fingerprint,
-        "precision": model.precision,
-        "latent_shape": list(model.latent_shape),
-        "image_size": model.image_size,
-        "scheduler_config": json.loads(json.dumps(model.scheduler_config, default=str)),
-    }
-    file = card_file(model.source)
-    file.parent.mkdir(exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(card, indent=1))
-    os.replace(partial, file)
-
-
-def _of_hub(model) -> bool:
-    return "@" in model.fingerprint.split()[0]  # repository@commit; a VAE's may follow
-
-
 def _names(function, agreed: dict, asked: list, model) -> tuple[str, str, str]:
     """Names of the run of just this, and of any run of its settings; a hash of code and device."""
-    modules = (gram, models, memlib.pairs, sample, schedule, severity)
+    modules = (gram, models, prompts, sampler, schedule, measures, trace_, tracing)
     packages = ("torch", "diffusers", "transformers", "numpy", "pillow", "onnxruntime")
     where = [
         f"{model.precision} {model.device.type}",

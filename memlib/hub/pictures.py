@@ -1,8 +1,4 @@
-"""Published lists of prompts that Stable Diffusion memorized, and their training images.
-
-The lists and the images are other people's work: none is shipped. `memlib fetch webster-sd14`
-downloads one list, and from the addresses in it what is left of its images.
-"""
+"""Training images as files: which belongs to which prompt, and which are placeholders."""
 
 from __future__ import annotations
 
@@ -11,149 +7,30 @@ import os
 import re
 import shutil
 import tarfile
+import threading
+import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
+from PIL import Image
 
 from memlib.errors import first_line, short
-from memlib.paths import data_folder
+from memlib.files import sha256
+from memlib.hub.lists import index_text, near_duplicates
+from memlib.prompts import FORMATS, PairsError, readable, to_rgb
 
-HUB = "https://huggingface.co/datasets/fraisdufour/templates-verbs/resolve/main"
-KINDS = {"MV": "memorized", "RV": "memorized", "TV": "template", "N": "control"}
-# Still pictures that Pillow reads and a training set may hold (no icons, no drawings of an editor):
-# how their content begins, and their endings, the first of which we give.
-FORMATS = {
-    "JPEG": (rb"\xff\xd8\xff", (".jpg", ".jpeg", ".jpe", ".jfif")),
-    "PNG": (rb"\x89PNG\r\n\x1a\n", (".png", ".apng")),
-    "WEBP": (rb"RIFF....WEBP", (".webp",)),
-    "GIF": (rb"GIF8[79]a", (".gif",)),
-    "BMP": (rb"BM", (".bmp", ".dib")),
-    "TIFF": (rb"II[*+]\0|MM\0[*+]", (".tif", ".tiff")),
-    "AVIF": (rb"....ftyp(....){0,12}?avi[fs]", (".avif",)),
-    "JPEG2000": (
-        rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
-        (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
-    ),
-    "PPM": (rb"P[1-6]\s", (".ppm", ".pgm", ".pbm", ".pnm")),
-}
 ENDINGS = tuple(ending for _, endings in FORMATS.values() for ending in endings)
 BESIDE = (".json", ".txt")  # of these endings is what says whose a picture is
 PACKS = (".tar", ".tar.gz", ".tgz", ".zip", ".parquet")
 SET_ASIDE = "set-aside"  # a folder of placeholders beside downloaded pictures
+SHARED = "a placeholder: the same picture came for "
 
-
-@dataclass(frozen=True)
-class PromptList:
-    """One of Webster's three lists (2023), 500 rows each: caption, index, url, overfit_type."""
-
-    file: str
-    md5: str
-
-    @property
-    def url(self) -> str:
-        return f"{HUB}/groundtruth_parquets/{self.file}"
-
-
-LISTS = {
-    "webster-sd14": PromptList(
-        "sdv1_bb_edge_groundtruth.parquet", "72c2dded275dda496de9c3f7c33c4f3d"
-    ),
-    "webster-sd21": PromptList(
-        "sdv2_bb_edge_groundtruth.parquet", "c700ae1d156a9330940d339a24740ed1"
-    ),
-    "webster-realvis": PromptList(
-        "realistic_vision_sdv1_edge_groundtruth.parquet", "d4ce3781e41efb78289c936d87a79edf"
-    ),
-}  # fmt: skip
-
-
-def list_file(name: str) -> Path:
-    """Where a named list lies once it is fetched; its images lie in ``images`` beside it."""
-    return data_folder(name) / LISTS[name].file
-
-
-def standard(table: pd.DataFrame) -> pd.DataFrame:
-    """A list's rows in the columns of a manifest.
-
-    `prompt_id` is the list's `index` as text ("" where it is missing); a row whose index stands
-    twice is kept apart under a number of its own. `kind` follows `overfit_type`: MV (matching
-    verbatim) and RV (retrieved verbatim) are memorized, TV template, N control; a word of another
-    list stays as it is, for it means something else. `group` is the same number for
-    near-duplicates.
-    """
-    table = table.reset_index(drop=True)
-    if "index" in table:
-        table["index"] = table["index"].map(index_text)
-    if "prompt_id" not in table and "index" in table:
-        names, turn = table["index"], table.groupby("index").cumcount()
-        alone = (turn == 0) | (names == "")
-        table.insert(0, "prompt_id", names.where(alone, names + "-" + (turn + 1).astype(str)))
-    if "kind" not in table and "overfit_type" in table:
-        types = table.overfit_type.astype(str)
-        table["kind"] = types.map(KINDS).fillna(types)
-    if "caption" in table:
-        table["group"] = near_duplicates(table)
-    return table
-
-
-def index_text(value: object) -> str:
-    """A list's index as text: 12 for 12.0, as it reads where another row has none; "" for none."""
-    if not isinstance(value, str) and pd.isna(value):
-        return ""
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return re.sub(r"(?<=\d)\.0+$", "", str(value).strip())
-
-
-def near_duplicates(table: pd.DataFrame) -> np.ndarray:
-    """One number for all rows that share an address, or a caption but for case and punctuation.
-
-    Such rows are no independent evidence: a bootstrap should draw whole groups.
-    """
-    keys = [
-        table.caption.astype(str).str.lower().str.replace(r"[\W_]+", " ", regex=True).str.strip()
-    ]
-    if "url" in table:
-        keys.append(table.url.where(table.url.notna() & (table.url != "")))
-    parent = list(range(len(table)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            i = parent[i]
-        return i
-
-    for key in keys:
-        first: dict[str, int] = {}
-        for i, value in enumerate(key):
-            if pd.notna(value):
-                a, b = root(i), root(first.setdefault(value, i))
-                parent[max(a, b)] = min(a, b)
-    roots = [root(i) for i in range(len(table))]
-    return pd.factorize(np.array(roots))[0]
-
-
-def reconcile(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """Two lists side by side: rows are the same where index, caption and url are.
-
-    Returns
-    -------
-    The rows of both, with the column `list`: ``both``, ``first`` or ``second``. A row that stands
-    n times in one list and m in the other is ``both`` min(n, m) times; nothing is merged away.
-    """
-    keys = ["index", "caption", "url"]
-    tables = (t.assign(index=t["index"].map(index_text)) for t in (first, second))
-    a, b = (t[keys].astype(str) for t in tables)  # a missing address is one, too
-    a, b = (t.assign(turn=t.groupby(keys).cumcount()) for t in (a, b))
-    merged = a.merge(b, how="outer", on=[*keys, "turn"], indicator="list")
-    names = {"left_only": "first", "right_only": "second", "both": "both"}
-    merged["list"] = merged["list"].map(names).astype(str)
-    return merged.drop(columns="turn")
+DECODING = threading.Lock()  # one image at a time: 80 megapixels are 240 MB
 
 
 def pictures_below(folder: Path) -> list[Path]:
@@ -181,9 +58,6 @@ def find_images(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
     `image_note` says why. One picture for several prompts is judged by `one_for_many`; to use it
     all the same, name it in the manifest's column `image`.
     """
-    from memlib.checksums import sha256
-    from memlib.fetch import check_image
-
     captions = {caption.strip(): caption for caption in table.caption}
     files, plain, told = defaultdict(list), defaultdict(list), {}
     for file in pictures_below(folder):
@@ -327,9 +201,6 @@ def one_for_many(
     return found
 
 
-SHARED = "a placeholder: the same picture came for "
-
-
 def shared_note(others: Iterable[str]) -> str:
     """Why a picture is set aside that came for other prompts, too."""
     others = list(others)
@@ -405,3 +276,67 @@ def unpack(archive: Path, folder: Path, max_bytes: int = 30_000_000) -> int:
         reason = short(first_line(error), 120)
         raise ValueError(f"archive {short(archive)} cannot be unpacked: {reason}") from error
     return count
+
+
+def check_image(path: str | Path, min_side: int = 64, max_pixels: int = 80_000_000) -> str | None:
+    """Why a file is not used as a training image, in one line; None where it can be."""
+    return look_at(Path(path), min_side, max_pixels).reason
+
+
+class Look(NamedTuple):
+    reason: str | None
+    suffix: str = ""
+    size: tuple[int, int] = (0, 0)
+    decoded: bool = False
+
+
+def look_at(path: Path, min_side: int, max_pixels: int) -> Look:
+    """What a file is, by its content and never by its name."""
+    if not path.is_file():
+        return Look("no such file")
+    with path.open("rb") as handle:
+        head = handle.read(1024)
+    kind = next((k for k, (m, _) in FORMATS.items() if re.match(m, head, re.DOTALL)), None)
+    if kind is None:
+        return Look(_what(head))
+    suffix, size = FORMATS[kind][1][0], (0, 0)
+    with DECODING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind not in readable():
+            return Look(f"an {kind} picture, which this Pillow cannot read: it needs a newer one")
+        try:
+            with Image.open(path, formats=[kind]) as image:
+                size = image.size
+                if size[0] * size[1] > max_pixels:
+                    bomb = f"a decompression bomb: {size[0]} x {size[1]} pixels"
+                    return Look(f"{bomb}, more than {max_pixels}", suffix, size)
+                picture = to_rgb(image)
+                size, extrema = picture.size, picture.getextrema()
+        except Image.DecompressionBombError as error:
+            return Look(f"a decompression bomb: {first_line(error)}", suffix, size)
+        except PairsError as error:
+            return Look(str(error), suffix, size, True)
+        except Exception as error:  # damaged files raise nearly anything
+            reason = f"a damaged {kind}, it cannot be decoded: {short(first_line(error), 120)}"
+            return Look("truncated" if "truncated" in reason else reason, suffix, size)
+    reason = None
+    if min(size) < min_side:
+        reason = f"tiny: {size[0]} x {size[1]} pixels, a side below {min_side}"
+    elif not any(high for _, high in extrema):
+        reason = "all black: a placeholder"
+    elif all(low == high for low, high in extrema):
+        reason = f"a single colour {tuple(high for _, high in extrema)}: a placeholder"
+    return Look(reason, suffix, size, True)
+
+
+def _what(head: bytes) -> str:
+    head = head.lower()
+    if not head:
+        return "empty"
+    if b"<html" in head or b"<!doctype html" in head:
+        return "an HTML page, not an image"
+    if re.match(rb"....ftyp(hei|hev|mif1|msf1)", head, re.DOTALL):
+        return "a HEIF picture, which Pillow does not read: convert it to PNG"
+    if b"<svg" in head:
+        return "an SVG drawing, not a photograph"
+    return f"not an image of a known kind ({', '.join(FORMATS)})"

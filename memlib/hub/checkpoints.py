@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import re
-import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from memlib.checksums import sha256, verify
 from memlib.errors import first_line, nearest
+from memlib.files import sha256, verify
+from memlib.hub.names import CHECKPOINTS, NAMES, Checkpoint, at, checkpoint
+from memlib.models import ModelError, quiet
 from memlib.paths import CONFIGS, LAB
 
 SUPPORTED = "StableDiffusionPipeline with a U-Net that predicts epsilon, v or the sample"
@@ -32,36 +31,6 @@ INDEX = {"": "model_index.json", "vae": "config.json"}  # what a repository of i
 BROKEN = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
 
-class ModelError(ValueError):
-    """A model that cannot be used; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where a model lies on the Hub; `checkpoints.toml` says what each field is."""
-
-    title: str
-    repository: str
-    revision: str = "main"
-    file: str = ""
-    half: str = ""
-    config: str = ""
-    vae: str = ""
-    sha256: str = ""
-    note: str = ""
-    aliases: Sequence[str] = ()
-
-    def __str__(self) -> str:
-        commit = self.revision if self.revision == "main" else self.revision[:8]
-        return f"{self.repository}@{commit}{self.file and f' ({self.file})'}"
-
-
-CHECKPOINTS = {
-    name: Checkpoint(**fields)
-    for name, fields in tomllib.loads(Path(__file__).with_suffix(".toml").read_text()).items()
-}
-ALIASES = {alias: name for name, known in CHECKPOINTS.items() for alias in known.aliases}
-NAMES = ("lab", "exact", *CHECKPOINTS, *ALIASES)
 VAE, VAE_REVISION = "stabilityai/sd-vae-ft-mse", "31f26fdeee1355a5c34592e401dd41e45d25a493"
 VAE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
 
@@ -84,25 +53,6 @@ def hash_files(folder: Path) -> str:
     return total.hexdigest()
 
 
-@contextlib.contextmanager
-def quiet():
-    """No loading bars, no advice and no reports: what matters of them is an error of ours."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def packages() -> None:
     """Import what reads weights, so that a fault of a package is not said to be a model's."""
     try:
@@ -114,25 +64,6 @@ def packages() -> None:
 
 
 # --- where a name leads ---------------------------------------------------------------------------
-
-
-def checkpoint(name: str) -> Checkpoint | None:
-    """Of a name of ours, or ``owner/name[/file.safetensors][@revision]``; None for a local path."""
-    if Path(name).exists():
-        return None
-    name = ALIASES.get(name, name)
-    if name in CHECKPOINTS:
-        return CHECKPOINTS[name]
-    pattern = r"([\w-][\w.-]*/[\w.-]+?)(?:/([\w./ -]+\.safetensors))?(?:@([\w./-]+))?"
-    found = re.fullmatch(pattern, name)
-    if not found or found[1].endswith(".safetensors"):
-        return None
-    return Checkpoint(name, found[1], found[3] or "main", file=found[2] or "", half=found[2] or "")
-
-
-def at(known: Checkpoint, revision: str | None) -> Checkpoint:
-    """The same at another revision, whose checksum is not known."""
-    return replace(known, revision=revision, sha256="") if revision else known
 
 
 def local(name: str | Path, config: str | Path | None = None) -> Place:

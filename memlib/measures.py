@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from memlib.checksums import sha256
 from memlib.errors import first_line, nearest
+from memlib.files import sha256
 from memlib.paths import data_folder
 
 OFFICIAL_BATCH = 16  # pictures that the official networks see at once on a GPU

@@ -1,144 +1,35 @@
-"""The instrumented sampler: trajectories that keep inner products instead of vectors.
-
-`reverse_trace` samples as diffusers' `StableDiffusionPipeline` does, bit for bit, and records the
-Gram matrix of every state. `forward_trace` noises training images and records the same.
-"""
+"""Traces of many prompts: batches on a device, pictures decoded and scored beside them."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from diffusers.schedulers import scheduling_ddpm
-from diffusers.utils.torch_utils import randn_tensor
-from einops import einsum
-from jaxtyping import Float
 from tqdm import tqdm
 
-from memlib import cost
-from memlib.answers import unwrapped
 from memlib.gram import VECTORS
-from memlib.models import tf32
-from memlib.pairs import read_image
-from memlib.schedule import ddpm_noise_coefficients, make_scheduler, state_levels
-from memlib.severity import descriptor, provenance
-from memlib.severity import severity as similarity
-
-SCHEMA = "memlib-trace-1"
-CPU = torch.device("cpu")
-Guidance = float | int | Sequence[float] | Callable[[int], float]
-
-
-def gram_matrix(
-    vectors: Float[torch.Tensor, "step vec latent"],
-) -> Float[torch.Tensor, "step vec vec"]:
-    """Inner products in float64: a float32 Gram gets a residual of 0.1 % wrong by 40 %."""
-    v = vectors.double()
-    gram = einsum(v, v, "step i latent, step j latent -> step i j")
-    # Some processors round the two halves differently: the lower one counts for both.
-    return gram.tril() + gram.tril(-1).mT
-
-
-def guidance_values(guidance_scale: Guidance, steps: int) -> np.ndarray:
-    """The guidance scale of every update: a number, a sequence or a function of the step."""
-    if callable(guidance_scale):
-        values = [guidance_scale(step) for step in range(steps)]
-    elif np.ndim(guidance_scale) == 0:
-        values = [guidance_scale] * steps
-    else:
-        values = list(guidance_scale)
-    if len(values) != steps:
-        raise ValueError(f"{len(values)} guidance scales do not fit {steps} steps")
-    values = np.asarray(values, dtype=float)
-    if not np.isfinite(values).all():
-        raise ValueError("guidance_scale must be finite")
-    return values
-
-
-@contextlib.contextmanager
-def _overheard(scheduling):
-    """What a step of a diffusers scheduler draws, without drawing it a second time."""
-    drawn, draw = [], scheduling.randn_tensor
-
-    def listen(*args, **kwargs):
-        drawn.append(draw(*args, **kwargs))
-        return drawn[-1]
-
-    scheduling.randn_tensor = listen
-    try:
-        yield drawn
-    finally:
-        scheduling.randn_tensor = draw
-
-
-@torch.no_grad()
-def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guidance: np.ndarray):
-    """Sample one batch and keep its whole trajectory on the device.
-
-    Returns
-    -------
-    dict of tensors: `x_t` and `noise` [state, image, channel, height, width] with S + 1 states,
-    `eps_uncond` and `eps_cond` with S. `noise` is the fresh noise accumulated so far (DDPM).
-    """
-    if hasattr(model, "ask"):  # a Hub model: see `memlib.answers`
-        question = [list(captions), [int(s) for s in seeds], guidance.tolist()]
-        question += [type(scheduler).__name__, scheduler.timesteps.tolist()]
-        return model.ask(
-            "sample", question, {}, lambda m: sample(m, captions, seeds, scheduler, guidance)
-        )
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    shape = (len(captions), *model.latent_shape)
-    x = randn_tensor(shape, generators, model.device, model.dtype) * scheduler.init_noise_sigma
-    cond, uncond = model.encode_text(captions)
-    both = torch.cat([uncond, cond])
-    # Without guidance the pipeline runs the conditional branch alone. Two separate calls keep its
-    # bits: a kernel may round differently in a batch of twice the size.
-    unguided = bool((guidance == 1).all())
-    _, alpha_bar = state_levels(scheduler)
-    stochastic = type(scheduler).__name__ == "DDPMScheduler"
-    keep, fresh = ddpm_noise_coefficients(alpha_bar) if stochastic else (None, None)
-    # The trajectory is written into its place: a list that is stacked needs twice the memory.
-    kept = {
-        name: x.new_empty((len(alpha_bar) - 1, *x.shape)) for name in ("eps_uncond", "eps_cond")
-    }
-    kept["x_t"] = x.new_empty((len(alpha_bar), *x.shape))
-    kept["noise"] = torch.zeros_like(kept["x_t"] if stochastic else x).expand_as(kept["x_t"])
-    kept["x_t"][0] = x
-    times = scheduler.timesteps.to(model.device)  # at once: each one alone would wait for the GPU
-    for i, t in enumerate(scheduler.timesteps):
-        if unguided:
-            out_uncond = model.predict(x, times[i], uncond)
-            out = out_cond = model.predict(x, times[i], cond)
-        else:
-            out_uncond, out_cond = model.predict(torch.cat([x, x]), times[i], both).chunk(2)
-            out = out_uncond + guidance[i] * (out_cond - out_uncond)
-        kept["eps_uncond"][i] = model.to_epsilon(out_uncond, x, alpha_bar[i])
-        kept["eps_cond"][i] = model.to_epsilon(out_cond, x, alpha_bar[i])
-        if stochastic:
-            with _overheard(scheduling_ddpm) as drawn:
-                x = scheduler.step(out, t, x, generator=generators).prev_sample
-            kept["noise"][i + 1] = float(keep[i]) * kept["noise"][i]
-            if drawn:  # a step at timestep 0 draws none
-                kept["noise"][i + 1] += float(fresh[i]) * drawn[0]
-        else:
-            x = scheduler.step(out, t, x).prev_sample
-        kept["x_t"][i + 1] = x
-    # A state that is not finite stays so: the last one tells of all.
-    # So do least and largest, which take less time and memory than a test of every number.
-    last = (kept["x_t"][-1], kept["eps_uncond"], kept["eps_cond"])
-    if not all(value.isfinite() for tensor in last for value in tensor.aminmax()):
-        raise FloatingPointError(_not_finite(model))
-    return kept
+from memlib.measures import descriptor
+from memlib.prompts import image_files
+from memlib.runs import cost
+from memlib.sampler import Guidance, guidance_values, not_finite, sample
+from memlib.schedule import make_scheduler
+from memlib.trace import (
+    attributes,
+    contract,
+    coords,
+    empty_trace,
+    gram_matrix,
+    score,
+    seed_distances,
+)
 
 
 def _rescued(model, function: Callable, again: Callable | None = None):
@@ -156,46 +47,6 @@ def _rescued(model, function: Callable, again: Callable | None = None):
     warnings.warn(text, stacklevel=2)
     with model.full_precision():
         return (again or function)(), True
-
-
-def _contract(kept: dict, x_0: torch.Tensor) -> np.ndarray:
-    """Gram matrices [image, state, vec, vec_] of a batch; `x_0` is [image, ...]."""
-    states, images = kept["x_t"].shape[:2]
-    x = kept["x_t"].flatten(2)
-    # One image at a time, in place: float64 copies of a batch would be the most memory of all.
-    vectors = x.new_empty((states, len(VECTORS), x.shape[-1]), dtype=torch.float64)
-    column = {name: vectors[:, n] for n, name in enumerate(VECTORS)}
-    grams = []
-    for n in range(images):
-        fixed = {"x_0": x_0[n].flatten().to(x.device), "x_T": x[0, n], "x_gen": x[-1, n]}
-        for name, value in (
-            fixed | {"x_t": x[:, n], "noise": kept["noise"][:, n].flatten(1)}
-        ).items():
-            column[name][:] = value
-        for name in ("eps_uncond", "eps_cond"):
-            column[name][:-1] = kept[name][:, n].flatten(1)
-            column[name][-1] = torch.nan  # no prediction at the last state
-        grams.append(gram_matrix(vectors))
-    return torch.stack(grams).cpu().numpy()
-
-
-def _pair_distances(states: list[torch.Tensor]) -> np.ndarray:
-    """Distances between the seeds of one prompt, [state, seed, seed_], from each one's states.
-
-    On the device that the states are on; where it lacks the memory, on the CPU.
-    """
-    with contextlib.suppress(torch.OutOfMemoryError):
-        return _distances(torch.stack(states, 1)).cpu().numpy()
-    return _distances(torch.stack([x.cpu() for x in states], 1)).numpy()
-
-
-def _distances(x: torch.Tensor) -> torch.Tensor:
-    count = x.shape[1]
-    distances = x.new_zeros((len(x), count, count), dtype=torch.float64)
-    above = torch.triu_indices(count, count, 1)
-    for between, state in zip(distances, x.flatten(2), strict=True):
-        between[*above] = torch.pdist(state.double())
-    return distances + distances.mT
 
 
 def _targets(model, pairs: pd.DataFrame) -> torch.Tensor:
@@ -232,11 +83,6 @@ def _batches(work: list, batch_size: int, function: Callable, equal: bool = Fals
         done += len(part)
 
 
-def image_files(pairs: pd.DataFrame) -> list[str]:
-    """The image of each prompt, "" where there is none."""
-    return list(pairs["image"]) if "image" in pairs else [""] * len(pairs)
-
-
 def reverse_trace(
     model,
     pairs: pd.DataFrame,
@@ -260,10 +106,10 @@ def reverse_trace(
     guidance_scale : as in diffusers, 1 = none; a number, one per step, or a function of the step.
         Unlike there, values below 1 are used as they are (0 = the unconditional branch).
     sampler : ``ddim`` or ``ddpm``; steps : number of updates.
-    severity : one of `memlib.severity.MEASURES`, or None.
+    severity : one of `memlib.measures.MEASURES`, or None.
     images : keep the pictures (uint8).
     batch_size : images sampled at once; halved when the device runs out of memory. By default 20
-        on a CPU, and on a GPU what a few calls say that it holds (`memlib.cost.trial`).
+        on a CPU, and on a GPU what a few calls say that it holds (`memlib.runs.cost.trial`).
     compile : compile the U-Net. By default on a GPU where that saves more time than it takes.
 
     Returns
@@ -283,7 +129,7 @@ def reverse_trace(
     MemoryError
         One image alone does not fit into the device's memory.
     """
-    tell_of_long_captions(unwrapped(model), pairs)
+    tell_of_long_captions(getattr(model, "uncached", model), pairs)
     return sample_trace(
         model, pairs, seeds, guidance_scale, sampler, steps, severity, images, batch_size,
         progress, compile,
@@ -343,12 +189,13 @@ class Sampled:
             pictures = np.empty((*self.last.shape[:2], side, side, 3), np.uint8)
             for batch in self.batches:
                 together = self.model.together if _half_decoder(self.model) else len(batch)
-                with _beside(self.model.device):
+                with beside(self.model.device):
                     for part, decoded in _batches(batch, together, self._decode):
                         pictures[tuple(zip(*part, strict=True))] = decoded
             trace = trace.assign(image=(("prompt", "seed", "y", "x", "rgb"), pictures))
         if self.severity is not None:
-            trace = score(trace, self.pairs, self.severity, self.model.device)
+            with beside(self.model.device):
+                trace = score(trace, self.pairs, self.severity, self.model.device)
         return trace if self.images else trace.drop_vars("image", errors="ignore")
 
     def _decode(self, part: list) -> np.ndarray:
@@ -365,7 +212,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
-def _beside(device: torch.device):
+def beside(device: torch.device):
     """On a GPU work of this context does not wait for that of other threads, nor they for it."""
     if device.type != "cuda":
         yield
@@ -380,7 +227,7 @@ def sample_trace(
     compile,
 ) -> Sampled:  # fmt: skip
     """`reverse_trace`, as far as the device has to sample."""
-    model = unwrapped(model)  # a trace is kept as a whole, not call by call
+    model = getattr(model, "uncached", model)  # a trace is kept as a whole, not call by call
     seeds = [int(s) for s in seeds]
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError("seeds must be distinct and at least one")
@@ -390,7 +237,7 @@ def sample_trace(
     scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
     guidance = guidance_values(guidance_scale, steps)
     decoding = bool((images or severity) and model.image_size)
-    trace = _empty_trace(model, pairs, seeds, scheduler, guidance, sampler)
+    trace = empty_trace(model, pairs, seeds, scheduler, guidance, sampler)
     if compile is not None or model.device.type == "cuda":
         trace["compiled"] = trace.rescued.copy(deep=True)
     last = torch.empty((len(pairs), len(seeds), *model.latent_shape) if decoding else 0)
@@ -423,7 +270,7 @@ def _sample_all(found: Sampled, seeds, scheduler, guidance, batch_size, equal, p
             return {name: torch.cat([kept[name] for kept in done], 1) for name in done[0]}
 
         kept, again = _rescued(model, run, halves if model.device.type == "cuda" else None)
-        return _contract(kept, x_0[[p for p, _ in batch]]), kept["x_t"], again
+        return contract(kept, x_0[[p for p, _ in batch]]), kept["x_t"], again
 
     with progress_bar(len(work), f"sample {found.trace.sampler}", progress) as bar:
         for batch, (gram, x_t, again) in _batches(work, batch_size, record, equal, model):
@@ -432,53 +279,10 @@ def _sample_all(found: Sampled, seeds, scheduler, guidance, batch_size, equal, p
                 # On a GPU a copy: a part of the batch's tensor would keep all of it.
                 waiting.append(x_t[:, n].clone() if x_t.is_cuda else x_t[:, n])
                 if s == len(seeds) - 1:
-                    found.trace.pair_distance.values[p] = _pair_distances(waiting)
+                    found.trace.pair_distance.values[p] = seed_distances(waiting)
                     waiting.clear()
             bar.update(len(batch))
             del gram, x_t  # not beside those of the next batch
-
-
-def _empty_trace(model, pairs, seeds, scheduler, guidance, sampler) -> xr.Dataset:
-    """The trace before anything was sampled, with room for it."""
-    timesteps, alpha_bar = state_levels(scheduler)
-    states, seeds_ = len(alpha_bar), len(seeds)
-    shape = (len(pairs), seeds_, states, len(VECTORS), len(VECTORS))
-    trace = xr.Dataset(
-        {
-            "gram": (("prompt", "seed", "step", "vec", "vec_"), np.empty(shape)),
-            "pair_distance": (
-                ("prompt", "step", "seed", "seed_"), np.empty((len(pairs), states, seeds_, seeds_)),
-            ),
-        },
-        {"seed": seeds, "seed_": seeds, **_coords(pairs, timesteps, alpha_bar)},
-    )  # fmt: skip
-    trace["guidance_scale"] = ("step", np.append(guidance, np.nan))
-    # half precision could not do these
-    trace["rescued"] = (("prompt", "seed"), np.zeros((len(pairs), seeds_), np.uint8))
-    if hasattr(model, "tokens_cut"):
-        cut = model.tokens_cut(list(pairs.caption)).astype(np.uint16)
-        trace["tokens_cut"] = (("prompt", "seed"), np.repeat(cut[:, None], seeds_, 1))
-    setting = sorted({float(g) for g in guidance})
-    trace.attrs = _attributes(model, "reverse", sampler) | {
-        "guidance": setting[0] if len(setting) == 1 else [float(g) for g in guidance],
-    }
-    return trace
-
-
-def score(trace: xr.Dataset, pairs: pd.DataFrame, measure: str, device=CPU) -> xr.Dataset:
-    """The trace with `severity` (prompt, seed): how near each `image` is to the training image.
-
-    NaN where there is no picture or no training image; its attributes name measure and network.
-    """
-    scores = np.full((trace.sizes["prompt"], trace.sizes["seed"]), np.nan)
-    side = trace.sizes["y"] if "image" in trace else 0
-    for p, file in enumerate(image_files(pairs) if side else []):
-        if file:
-            target = read_image(file, side)
-            with _beside(device):
-                scores[p] = similarity(trace.image.values[p], target, measure, str(device))
-    note = provenance(measure, side, str(device))
-    return trace.assign(severity=(("prompt", "seed"), scores, note))
 
 
 @torch.no_grad()
@@ -506,7 +310,7 @@ def forward_trace(
     Dataset with `gram` (prompt, draw, step, vec, vec_): `x_T` is the true noise, `noise` is zero,
     `x_gen` does not exist (NaN).
     """
-    model = unwrapped(model)
+    model = getattr(model, "uncached", model)
     pairs = pairs.reset_index(drop=True)
     missing = [i for i, f in zip(pairs.prompt_id, image_files(pairs), strict=True) if not f]
     if missing:
@@ -545,7 +349,7 @@ def forward_trace(
                 def run():
                     out = model.predict(torch.cat([x, x]), torch.cat([t, t]), text)
                     if not torch.isfinite(out).all():
-                        raise FloatingPointError(_not_finite(model))
+                        raise FloatingPointError(not_finite(model))
                     return out
 
                 out, _ = _rescued(model, run)
@@ -565,16 +369,10 @@ def forward_trace(
                 bar.update(len(part))
     trace = xr.Dataset(
         {"gram": (("prompt", "draw", "step", "vec", "vec_"), grams)},
-        {"draw": range(draws), **_coords(pairs, levels.numpy(), table[levels].numpy())},
+        {"draw": range(draws), **coords(pairs, levels.numpy(), table[levels].numpy())},
     )
-    trace.attrs = _attributes(model, "forward", "none")
+    trace.attrs = attributes(model, "forward", "none")
     return trace
-
-
-def _not_finite(model) -> str:
-    half = model.precision in ("float16", "bfloat16")
-    advice = "" if half else ": are its weights whole?"
-    return f"the predictions of {model.source} are not finite in {model.precision}{advice}"
 
 
 def progress_bar(total: int, name: str, progress: bool) -> tqdm:
@@ -588,38 +386,18 @@ def progress_bar(total: int, name: str, progress: bool) -> tqdm:
     return tqdm(total=total, desc=name, unit="image", disable=None if progress else True)
 
 
-def _coords(pairs: pd.DataFrame, timesteps: np.ndarray, alpha_bar: np.ndarray) -> dict:
-    coords = {
-        "prompt": list(pairs.prompt_id),
-        "step": range(len(timesteps)),
-        "timestep": ("step", timesteps),
-        "alpha_bar": ("step", alpha_bar),
-        "vec": list(VECTORS),
-        "vec_": list(VECTORS),
-    }
-    for name in ("caption", "kind", "multiplicity", "group"):
-        if name in pairs:
-            coords[name] = ("prompt", list(pairs[name]))
-    return coords
+def trajectories(model, captions, seeds, guidance_scale: Guidance, sampler: str, steps: int):
+    """`sample` by settings: the whole trajectories of a few captions, each with its seed.
 
+    Of a Hub model they are kept on disk, as its traces are (`memlib.hub.answers`).
+    """
+    guidance = guidance_values(guidance_scale, steps)
 
-def _attributes(model, direction: str, sampler: str) -> dict:
-    return {
-        "schema": SCHEMA,
-        "direction": direction,
-        "model": model.source,
-        "fingerprint": model.fingerprint,
-        "sampler": sampler,
-        "scheduler": json.dumps(dict(model.scheduler_config), default=str),
-        "dtype": model.precision,
-        "decoder": getattr(model, "decoder", "float32"),
-        "tf32": str(tf32(model.device)),
-        "latent_size": int(np.prod(model.latent_shape)),
-        "versions": _versions(),
-    }
+    def run(model):
+        scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
+        return sample(model, captions, seeds, scheduler, guidance)
 
-
-@functools.cache  # reading them takes as long as to write a prompt
-def _versions() -> str:
-    packages = ("memlib", "torch", "diffusers", "transformers", "numpy")
-    return json.dumps({name: version(name) for name in packages})
+    if not hasattr(model, "ask"):
+        return run(model)
+    question = [list(captions), [int(s) for s in seeds], guidance.tolist(), sampler, steps]
+    return model.ask("trajectories", question, {}, run)

@@ -1,0 +1,4 @@
+from memlib.bench.measure import main
+
+if __name__ == "__main__":
+    main()

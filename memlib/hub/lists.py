@@ -1,0 +1,136 @@
+"""Published lists of prompts that Stable Diffusion memorized, and their training images.
+
+The lists and the images are other people's work: none is shipped. `memlib fetch webster-sd14`
+downloads one list, and from the addresses in it what is left of its images.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from memlib.hub.names import ALIASES, CHECKPOINTS
+from memlib.paths import data_folder
+
+HUB = "https://huggingface.co/datasets/fraisdufour/templates-verbs/resolve/main"
+KINDS = {"MV": "memorized", "RV": "memorized", "TV": "template", "N": "control"}
+
+WEBSTER = ("sd14", "sd21", "realvis")  # beginnings of the names of models that have a list
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """One of Webster's three lists (2023), 500 rows each: caption, index, url, overfit_type."""
+
+    file: str
+    md5: str
+
+    @property
+    def url(self) -> str:
+        return f"{HUB}/groundtruth_parquets/{self.file}"
+
+
+LISTS = {
+    "webster-sd14": PromptList(
+        "sdv1_bb_edge_groundtruth.parquet", "72c2dded275dda496de9c3f7c33c4f3d"
+    ),
+    "webster-sd21": PromptList(
+        "sdv2_bb_edge_groundtruth.parquet", "c700ae1d156a9330940d339a24740ed1"
+    ),
+    "webster-realvis": PromptList(
+        "realistic_vision_sdv1_edge_groundtruth.parquet", "d4ce3781e41efb78289c936d87a79edf"
+    ),
+}  # fmt: skip
+
+
+def list_file(name: str) -> Path:
+    """Where a named list lies once it is fetched; its images lie in ``images`` beside it."""
+    return data_folder(name) / LISTS[name].file
+
+
+def standard(table: pd.DataFrame) -> pd.DataFrame:
+    """A list's rows in the columns of a manifest.
+
+    `prompt_id` is the list's `index` as text ("" where it is missing); a row whose index stands
+    twice is kept apart under a number of its own. `kind` follows `overfit_type`: MV (matching
+    verbatim) and RV (retrieved verbatim) are memorized, TV template, N control; a word of another
+    list stays as it is, for it means something else. `group` is the same number for
+    near-duplicates.
+    """
+    table = table.reset_index(drop=True)
+    if "index" in table:
+        table["index"] = table["index"].map(index_text)
+    if "prompt_id" not in table and "index" in table:
+        names, turn = table["index"], table.groupby("index").cumcount()
+        alone = (turn == 0) | (names == "")
+        table.insert(0, "prompt_id", names.where(alone, names + "-" + (turn + 1).astype(str)))
+    if "kind" not in table and "overfit_type" in table:
+        types = table.overfit_type.astype(str)
+        table["kind"] = types.map(KINDS).fillna(types)
+    if "caption" in table:
+        table["group"] = near_duplicates(table)
+    return table
+
+
+def index_text(value: object) -> str:
+    """A list's index as text: 12 for 12.0, as it reads where another row has none; "" for none."""
+    if not isinstance(value, str) and pd.isna(value):
+        return ""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return re.sub(r"(?<=\d)\.0+$", "", str(value).strip())
+
+
+def near_duplicates(table: pd.DataFrame) -> np.ndarray:
+    """One number for all rows that share an address, or a caption but for case and punctuation.
+
+    Such rows are no independent evidence: a bootstrap should draw whole groups.
+    """
+    keys = [
+        table.caption.astype(str).str.lower().str.replace(r"[\W_]+", " ", regex=True).str.strip()
+    ]
+    if "url" in table:
+        keys.append(table.url.where(table.url.notna() & (table.url != "")))
+    parent = list(range(len(table)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    for key in keys:
+        first: dict[str, int] = {}
+        for i, value in enumerate(key):
+            if pd.notna(value):
+                a, b = root(i), root(first.setdefault(value, i))
+                parent[max(a, b)] = min(a, b)
+    roots = [root(i) for i in range(len(table))]
+    return pd.factorize(np.array(roots))[0]
+
+
+def reconcile(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """Two lists side by side: rows are the same where index, caption and url are.
+
+    Returns
+    -------
+    The rows of both, with the column `list`: ``both``, ``first`` or ``second``. A row that stands
+    n times in one list and m in the other is ``both`` min(n, m) times; nothing is merged away.
+    """
+    keys = ["index", "caption", "url"]
+    tables = (t.assign(index=t["index"].map(index_text)) for t in (first, second))
+    a, b = (t[keys].astype(str) for t in tables)  # a missing address is one, too
+    a, b = (t.assign(turn=t.groupby(keys).cumcount()) for t in (a, b))
+    merged = a.merge(b, how="outer", on=[*keys, "turn"], indicator="list")
+    names = {"left_only": "first", "right_only": "second", "both": "both"}
+    merged["list"] = merged["list"].map(names).astype(str)
+    return merged.drop(columns="turn")
+
+
+def webster(model: str) -> str:
+    """The list that goes with a named model, '' if none: one for both SD v2.1, one for realvis*."""
+    named = model in CHECKPOINTS or model in ALIASES
+    return next((f"webster-{w}" for w in WEBSTER if named and model.startswith(w)), "")
