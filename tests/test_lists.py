@@ -99,23 +99,26 @@ def test_groups_need_no_copies():
     assert list(prompts.groups(LIST)) == list(LIST.kind)
     assert list(prompts.groups(LIST.assign(multiplicity=np.nan))) == list(LIST.kind)
     trace = xr.Dataset(coords={"kind": ("prompt", LIST.kind)})
-    for mask, expected in zip(prompts.roles(trace), ("1000", "0100", "0011"), strict=True):
+    for mask, expected in zip(
+        prompts.by_memorization(trace), ("1000", "0100", "0011"), strict=True
+    ):
         assert list(mask) == [c == "1" for c in expected]
     assert prompts.most_copied(trace).tolist() == [True, False, False, False]
     assert (
-        prompts.graded(LIST.assign(kind=["memorized", "template", "control", "normal"])).sum() == 3
+        prompts.to_correlate(LIST.assign(kind=["memorized", "template", "control", "normal"])).sum()
+        == 3
     )
     assert prompts.copies_or_kind(LIST)[1] == ["memorized", "template", "control"]
 
 
 def test_the_labs_groups_are_by_copies():
     pairs = memlib.load_pairs("lab")
-    memorized, between, control = prompts.roles(pairs)
+    memorized, between, control = prompts.by_memorization(pairs)
     planted = pairs.kind == "planted"
     assert (memorized == (planted & (pairs.multiplicity >= 32))).all()
     assert (between == (planted & pairs.multiplicity.isin([8, 16]))).all()
     assert (control == (pairs.kind == "control")).all()
-    assert (prompts.graded(pairs) == planted).all()
+    assert (prompts.to_correlate(pairs) == planted).all()
     assert (prompts.most_copied(pairs) == (planted & (pairs.multiplicity == 128))).all()
     assert prompts.copies_or_kind(pairs)[1][:8] == [str(2**i) for i in range(8)]
 
@@ -130,9 +133,9 @@ def test_the_labs_groups_are_by_copies():
 )
 def test_a_list_that_no_chapter_can_use_is_refused(kind, said):
     with pytest.raises(ValueError, match=said):
-        prompts.roles(pd.DataFrame({"kind": kind}))
+        prompts.by_memorization(pd.DataFrame({"kind": kind}))
 
 
 def test_a_list_without_kinds_is_refused():
     with pytest.raises(ValueError, match="column 'kind'"):
-        prompts.roles(pd.DataFrame({"caption": ["a"]}))
+        prompts.by_memorization(pd.DataFrame({"caption": ["a"]}))

@@ -508,7 +508,7 @@ def test_a_package_that_does_not_fit(tmp_path):
     )
     run = subprocess.run(
         [sys.executable, "-P", "-m", "memlib.cli", "trace", "--prompts=1", "--seeds=1",
-         "--steps=1", "--severity=ncc"],
+         "--steps=1", "--similarity=ncc"],
         env={**os.environ, "PYTHONPATH": str(tmp_path), "MEMLIB_CACHE": str(tmp_path / "cache")},
         capture_output=True, text=True,
     )  # fmt: skip

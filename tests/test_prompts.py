@@ -387,7 +387,7 @@ def test_official_preprocessing(official, measure, size):
 )
 def test_the_trace_says_which_sscd(official, measure, preprocessing, side):
     lab, pairs = memlib.load("lab"), memlib.load_pairs("lab").iloc[:1]
-    trace = memlib.reverse_trace(lab, pairs, [0], steps=2, severity=measure, progress=False)
+    trace = memlib.reverse_trace(lab, pairs, [0], steps=2, similarity=measure, progress=False)
     assert trace.severity.attrs == {
         "measure": measure, "preprocessing": preprocessing, "sscd_side": side,
         "sha256": sha256_of(official),
@@ -537,9 +537,7 @@ def test_trace_from_the_command_line(webster, tmp_path, monkeypatch, capsys):
     assert list(table.prompt_id) == ["7", "12", "12-2", "40", "41"]
     assert list(table.D1.notna()) == [False, False, False, True, False]
     pairs = memlib.load_pairs("webster-sd14")
-    trace = memlib.recorded(
-        memlib.reverse_trace, memlib.load("lab"), pairs, seeds=range(2), steps=3
-    )
+    trace = memlib.cached(memlib.reverse_trace, memlib.load("lab"), pairs, seeds=range(2), steps=3)
     np.testing.assert_allclose(table.D1[3], memlib.deviations(trace).D1[3])
     assert cli.main([*command[:5], "--seeds", "1", "--steps", "2", "--only-with-images"]) == 0
     assert "1 prompts (1 with an image)" in capsys.readouterr().out
@@ -573,7 +571,7 @@ def test_two_lists_are_recorded_with_equal_settings(tmp_path, monkeypatch, capsy
         (tmp_path / "list.csv").write_text(text)
         pairs = memlib.load_pairs(tmp_path / "list.csv")
         lab = memlib.load("lab")
-        memlib.recorded(memlib.reverse_trace, lab, pairs, seeds=[0], steps=2, severity="ncc")
+        memlib.cached(memlib.reverse_trace, lab, pairs, seeds=[0], steps=2, similarity="ncc")
     assert not sampled
 
 

@@ -22,7 +22,7 @@ from memlib.runs.work import Here, LostWorkerError, OnRay, Processes
 
 record = sys.modules["memlib.runs.work"]
 SEEDS, PROMPTS = 4, 6
-SMALL = dict(seeds=range(SEEDS), steps=3, severity="ncc", batch_size=4, threads=1, progress=False)
+SMALL = dict(seeds=range(SEEDS), steps=3, similarity="ncc", batch_size=4, threads=1, progress=False)
 COMMAND = f"trace --prompts {PROMPTS} --seeds {SEEDS} --steps 3 --severity ncc --batch-size 4"
 COMMAND += " --threads 1"
 
@@ -75,14 +75,14 @@ def test_two_workers_and_a_killed_one(lab, pairs, whole, tmp_path, monkeypatch):
 
 
 def deadly(
-    model, pairs, seeds=range(10), guidance_scale=7.5, sampler="ddim", steps=50, severity="sscd",
+    model, pairs, seeds=range(10), guidance_scale=7.5, sampler="ddim", steps=50, similarity="sscd",
     images=True, batch_size=20, progress=True,
 ):  # fmt: skip
     """As `reverse_trace`, but one prompt kills the process, as a lack of memory would."""
     if "planted-001-1" in list(pairs.prompt_id):
         os.kill(os.getpid(), signal.SIGKILL)
     return memlib.reverse_trace(
-        model, pairs, seeds, guidance_scale, sampler, steps, severity, images, batch_size, progress
+        model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size, progress
     )
 
 
@@ -108,7 +108,7 @@ def test_a_task_that_kills_its_worker(lab, pairs, tmp_path, monkeypatch):
 
 
 def hanging(
-    model, pairs, seeds=range(10), guidance_scale=7.5, sampler="ddim", steps=50, severity="sscd",
+    model, pairs, seeds=range(10), guidance_scale=7.5, sampler="ddim", steps=50, similarity="sscd",
     images=True, batch_size=20, progress=True,
 ):  # fmt: skip
     """As `reverse_trace`, but the first process that samples the second prompt stops for ever."""
@@ -117,7 +117,7 @@ def hanging(
             Path(os.environ["HANGING"]).touch(exist_ok=False)
             os.kill(os.getpid(), signal.SIGSTOP)
     return memlib.reverse_trace(
-        model, pairs, seeds, guidance_scale, sampler, steps, severity, images, batch_size, progress
+        model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size, progress
     )
 
 
@@ -240,7 +240,7 @@ class OddError(Exception):
 
 
 def odd(
-    model, pairs, seeds=range(10), guidance_scale=7.5, sampler="ddim", steps=50, severity="sscd",
+    model, pairs, seeds=range(10), guidance_scale=7.5, sampler="ddim", steps=50, similarity="sscd",
     images=True, batch_size=20, progress=True,
 ):  # fmt: skip
     """As `reverse_trace`, but every prompt fails, one of them with an odd error."""
@@ -249,7 +249,7 @@ def odd(
     if len(pairs):
         raise ValueError("plain")
     return memlib.reverse_trace(
-        model, pairs, seeds, guidance_scale, sampler, steps, severity, images, batch_size, progress
+        model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size, progress
     )
 
 

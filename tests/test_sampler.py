@@ -66,7 +66,7 @@ def test_images_equal_the_pipeline(lab):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_the_batch_size_changes_no_noise_and_rounds_latents_only(lab, sampler):
     pairs = memlib.load_pairs("lab").iloc[[0, 50]]
-    kw = dict(seeds=[0, 1, 2], sampler=sampler, steps=6, severity=None, progress=False)
+    kw = dict(seeds=[0, 1, 2], sampler=sampler, steps=6, similarity=None, progress=False)
     one = memlib.reverse_trace(lab, pairs, batch_size=6, **kw)
     for batch_size in (1, 4):
         other = memlib.reverse_trace(lab, pairs, batch_size=batch_size, **kw)
@@ -77,7 +77,7 @@ def test_the_batch_size_changes_no_noise_and_rounds_latents_only(lab, sampler):
         # Convolutions sum in another order in another batch: float32 rounding, amplified by
         # guidance over the steps.
         np.testing.assert_allclose(one.gram, other.gram, rtol=2e-3, atol=2e-1)
-        np.testing.assert_allclose(one.pair_distance, other.pair_distance, rtol=2e-3, atol=2e-2)
+        np.testing.assert_allclose(one.seed_distance, other.seed_distance, rtol=2e-3, atol=2e-2)
         # and the pictures belong to their own prompt and seed
         np.testing.assert_allclose(one.image.astype(int), other.image.astype(int), atol=3)
 
@@ -87,7 +87,7 @@ def test_gram_equals_direct_tensors(lab):
     pairs = memlib.load_pairs("lab").iloc[[0]]
     for sampler in SCHEDULERS:
         trace = memlib.reverse_trace(
-            lab, pairs, seeds=[4], sampler=sampler, steps=8, severity=None, progress=False
+            lab, pairs, seeds=[4], sampler=sampler, steps=8, similarity=None, progress=False
         )
         scheduler = schedule.make_scheduler(lab.scheduler_config, sampler, 8)
         kept = sample(lab, list(pairs.caption), [4], scheduler, np.full(8, 7.5))
@@ -146,26 +146,26 @@ def test_gram_equals_direct_tensors(lab):
             )  # fmt: skip
 
 
-def test_pair_distances_are_the_states_own(lab):
+def test_seed_distances_are_the_states_own(lab):
     pairs = memlib.load_pairs("lab").iloc[[3]]
     trace = memlib.reverse_trace(
-        lab, pairs, seeds=[0, 9, 4], steps=5, severity=None, progress=False
+        lab, pairs, seeds=[0, 9, 4], steps=5, similarity=None, progress=False
     )
     scheduler = schedule.make_scheduler(lab.scheduler_config, "ddim", 5)
     kept = sample(lab, list(pairs.caption) * 3, [0, 9, 4], scheduler, np.full(5, 7.5))["x_t"]
     direct = torch.linalg.vector_norm(
         kept[:, :, None].double() - kept[:, None].double(), dim=(3, 4, 5)
     )
-    np.testing.assert_allclose(trace.pair_distance[0], direct, rtol=1e-12)
+    np.testing.assert_allclose(trace.seed_distance[0], direct, rtol=1e-12)
     off = direct[:, [0, 0, 1], [1, 2, 2]].mean(1)
-    np.testing.assert_allclose(memlib.spread(trace)[0], off, rtol=1e-12)
-    part = memlib.spread(trace.isel(seed=[0, 1]))
+    np.testing.assert_allclose(memlib.mean_seed_distance(trace)[0], off, rtol=1e-12)
+    part = memlib.mean_seed_distance(trace.isel(seed=[0, 1]))
     np.testing.assert_allclose(part[0], direct[:, 0, 1], rtol=1e-12)
 
 
 def test_guidance_may_change_with_the_step(lab):
     pairs = memlib.load_pairs("lab").iloc[[3]]
-    kw = dict(seeds=[0], steps=4, severity=None, images=False, progress=False)
+    kw = dict(seeds=[0], steps=4, similarity=None, images=False, progress=False)
     constant = memlib.reverse_trace(lab, pairs, guidance_scale=7.5, **kw)
     sequence = memlib.reverse_trace(lab, pairs, guidance_scale=[7.5] * 4, **kw)
     function = memlib.reverse_trace(lab, pairs, guidance_scale=lambda i: 0 if i < 2 else 7.5, **kw)
@@ -182,7 +182,9 @@ def test_guidance_may_change_with_the_step(lab):
 
 def test_the_schema(lab):
     pairs = memlib.load_pairs("lab").iloc[[0, 1]].assign(image=lambda p: [p.image.iloc[0], ""])
-    trace = memlib.reverse_trace(lab, pairs, seeds=[0, 1], steps=3, severity="ncc", progress=False)
+    trace = memlib.reverse_trace(
+        lab, pairs, seeds=[0, 1], steps=3, similarity="ncc", progress=False
+    )
     assert trace.gram.dims == ("prompt", "seed", "step", "vec", "vec_")
     assert trace.gram.dtype == np.float64
     assert list(trace.vec.values) == list(VECTORS)
@@ -224,7 +226,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(direction, monkeypatch
                 lab, pairs, [100, 900], draws=3, batch_size=batch_size, progress=False
             )
         return memlib.reverse_trace(
-            lab, pairs, seeds=[0, 1, 2], steps=3, severity=None, batch_size=batch_size,
+            lab, pairs, seeds=[0, 1, 2], steps=3, similarity=None, batch_size=batch_size,
             progress=False,
         )  # fmt: skip
 
@@ -259,7 +261,7 @@ def test_predictions_that_are_not_finite_are_refused(branch, monkeypatch):
 
     monkeypatch.setattr(lab, "predict", broken)
     with pytest.raises(FloatingPointError, match=r"not finite in float32: are its weights whole"):
-        memlib.reverse_trace(lab, pairs, seeds=[0], steps=2, severity=None, progress=False)
+        memlib.reverse_trace(lab, pairs, seeds=[0], steps=2, similarity=None, progress=False)
     with pytest.raises(FloatingPointError, match="not finite"):
         memlib.forward_trace(lab, pairs, [500], draws=1, progress=False)
 
@@ -277,7 +279,7 @@ def test_samplers_that_would_be_misread_are_refused():
 
 def test_the_algebra_keeps_working_on_a_part_of_a_trace(lab):
     pairs = memlib.load_pairs("lab").iloc[:2]
-    trace = memlib.reverse_trace(lab, pairs, seeds=[0, 1], steps=3, severity=None, progress=False)
+    trace = memlib.reverse_trace(lab, pairs, seeds=[0, 1], steps=3, similarity=None, progress=False)
     whole = memlib.cosine(trace, "eps_cfg", "x_0").isel(prompt=1)
     np.testing.assert_array_equal(memlib.cosine(trace.isel(prompt=1), "eps_cfg", "x_0"), whole)
     difference = memlib.norm(trace, {"eps_cfg": 1, "eps_uncond": -1})

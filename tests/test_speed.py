@@ -26,7 +26,7 @@ from memlib.runs.work import Here
 
 record = sys.modules["memlib.runs.work"]
 PROMPTS = 3
-SMALL = dict(seeds=range(4), steps=3, severity="ncc", threads=1, progress=False)
+SMALL = dict(seeds=range(4), steps=3, similarity="ncc", threads=1, progress=False)
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def pretend(monkeypatch, shapes: list, fails: bool = False):
 
 def test_compiled_batches_are_of_one_size(lab, pairs, monkeypatch):
     """The last one is filled up, and what fills it is dropped; noise and places are the same."""
-    options = dict(seeds=range(3), steps=3, severity=None, progress=False, batch_size=4)
+    options = dict(seeds=range(3), steps=3, similarity=None, progress=False, batch_size=4)
     expected = memlib.reverse_trace(lab, pairs, **options)
     assert "compiled" not in expected
     shapes: list = []
@@ -214,7 +214,7 @@ def test_compiled_batches_are_of_one_size(lab, pairs, monkeypatch):
     assert (found.compiled == 1).all()
     np.testing.assert_array_equal(found.gram.sel(vec="x_T"), found.gram.sel(vec_="x_T"))
     np.testing.assert_allclose(found.gram, expected.gram, rtol=2e-3, atol=2e-1)
-    np.testing.assert_allclose(found.pair_distance, expected.pair_distance, rtol=2e-3, atol=2e-2)
+    np.testing.assert_allclose(found.seed_distance, expected.seed_distance, rtol=2e-3, atol=2e-2)
     np.testing.assert_allclose(found.image.astype(int), expected.image.astype(int), atol=3)
     # afterwards the model is what it was, bit for bit
     again = memlib.reverse_trace(lab, pairs, compile=False, **options)
@@ -224,7 +224,7 @@ def test_compiled_batches_are_of_one_size(lab, pairs, monkeypatch):
 
 def test_where_compiling_fails(lab, pairs, monkeypatch):
     """One line, and the run goes on; it is not tried twice."""
-    options = dict(seeds=[0, 1], steps=2, severity=None, images=False, progress=False)
+    options = dict(seeds=[0, 1], steps=2, similarity=None, images=False, progress=False)
     expected = memlib.reverse_trace(lab, pairs, batch_size=2, **options)
     pretend(monkeypatch, [], fails=True)
     with pytest.warns(UserWarning, match=r"lab does not compile here.*no compiler here$"):
@@ -249,7 +249,7 @@ def test_memory_halves_compiled_batches(lab, pairs, monkeypatch):
         return real(x_t, timestep, text)
 
     monkeypatch.setattr(lab, "_predict_compiled", small)
-    options = dict(seeds=range(4), steps=1, severity=None, images=False, progress=False)
+    options = dict(seeds=range(4), steps=1, similarity=None, images=False, progress=False)
     found = memlib.reverse_trace(lab, pairs.iloc[:2], batch_size=6, compile=True, **options)
     assert shapes == [6] * 3  # 3 + 3 + 2 images, two branches each
     assert (found.compiled == 1).all()
@@ -266,11 +266,11 @@ def test_a_rescue_is_not_compiled(lab, pairs, monkeypatch):
         return (out[0] * (torch.inf if x.dtype == torch.float16 else 1),)
 
     monkeypatch.setattr(half.unet, "forward", overflow)
-    options = dict(seeds=[0], steps=2, severity=None, images=False, progress=False)
+    options = dict(seeds=[0], steps=2, similarity=None, images=False, progress=False)
     with pytest.warns(UserWarning, match="done in float32"):
         found = memlib.reverse_trace(half, pairs.iloc[:1], compile=True, **options)
     assert asked == [2, 2]  # the first attempt alone
-    assert (found.rescued == 1).all()
+    assert (found.float32_fallback == 1).all()
     assert not found.compiled.any()
     assert half.unet.dtype == torch.float16
     expected = memlib.reverse_trace(lab, pairs.iloc[:1], **options)
@@ -332,7 +332,7 @@ def test_the_command_line_compiles(lab, pairs, tmp_path, monkeypatch, capsys):
 def test_truly_compiled(lab, pairs):
     """By torch's own compiler; the tolerance is float32 rounding, amplified by guidance."""
     model = tiny(lab)
-    options = dict(seeds=[0, 1], steps=4, severity=None, images=False, progress=False)
+    options = dict(seeds=[0, 1], steps=4, similarity=None, images=False, progress=False)
     eager = memlib.reverse_trace(model, pairs, batch_size=4, **options)
     found = memlib.reverse_trace(model, pairs, batch_size=4, compile=True, **options)
     assert (found.compiled == 1).all()  # two batches, the second filled up
@@ -456,7 +456,7 @@ def test_pictures_in_half_precision(lab, monkeypatch):
 
 
 def test_a_trace_names_its_decoder(lab, pairs, monkeypatch):
-    options = dict(seeds=range(4), steps=2, severity=None, batch_size=4, progress=False)
+    options = dict(seeds=range(4), steps=2, similarity=None, batch_size=4, progress=False)
     expected = memlib.reverse_trace(lab, pairs.iloc[:1], **options)
     assert expected.attrs["decoder"] == "float32"
     assert expected.attrs["tf32"] == "False"
@@ -533,7 +533,7 @@ def test_the_first_try_is_forgotten():
 
     model = SimpleNamespace(precision="float16", full_precision=contextlib.nullcontext)
     with pytest.warns(UserWarning, match="not finite; this batch is done in float32"):
-        assert tracing._rescued(model, first, again) == ("done", True)
+        assert tracing.in_float32_where_needed(model, first, again) == ("done", True)
 
 
 def test_what_fits_is_kept_in_mind(lab, pairs, monkeypatch):
@@ -549,7 +549,7 @@ def test_what_fits_is_kept_in_mind(lab, pairs, monkeypatch):
     monkeypatch.setattr(lab, "predict", small_card)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(lab, "fits", None)
-    options = dict(seeds=[0, 1, 2, 3], steps=1, severity=None, images=False, progress=False)
+    options = dict(seeds=[0, 1, 2, 3], steps=1, similarity=None, images=False, progress=False)
     for _ in range(2):
         memlib.reverse_trace(lab, pairs[:1], batch_size=4, **options)
     assert sizes == [4, 2, 2, 2, 2]

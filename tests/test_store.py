@@ -26,7 +26,7 @@ from memlib.runs import chunks, store, tracing
 from memlib.runs.store import Run, StoreError
 
 PROMPTS, SEEDS, TOGETHER = 6, 4, 8  # two prompts in a task
-SMALL = dict(steps=3, severity="ncc", batch_size=TOGETHER, progress=False)
+SMALL = dict(steps=3, similarity="ncc", batch_size=TOGETHER, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_what_a_kill_leaves_is_valid(forker, whole, tmp_path):
         assert early[1]() == -signal.SIGKILL
         trace = xr.open_zarr(tmp_path / "early", chunks=None).load()
     assert trace.gram.isnull().all()
-    assert trace.pair_distance.isnull().all()
+    assert trace.seed_distance.isnull().all()
     assert trace.severity.isnull().all()
     assert (trace.image == 0).all()
     assert list(trace.seed) == list(range(SEEDS))
@@ -239,7 +239,7 @@ def test_what_a_kill_leaves_is_valid(forker, whole, tmp_path):
 # ----------------------------------------------------------------------------------------- damage
 
 KINDS = (
-    "gram/2.0.0.0.0", "pair_distance/2.0.0.0", "severity/2.0", "image/2.0.0.0.0", "sha256/2.0.0.0",
+    "gram/2.0.0.0.0", "seed_distance/2.0.0.0", "severity/2.0", "image/2.0.0.0.0", "sha256/2.0.0.0",
     "caption/0", "seed_/0", "gram/.zarray", "gram/.zattrs", ".zmetadata", ".zgroup", ".zattrs",
     "plan.json", ".plan.json",
 )  # fmt: skip
@@ -311,7 +311,7 @@ def test_damage_where_pieces_share_files(lab, pairs, tmp_path, sampled):
         again(lab, two, tmp_path / folder, range(5))
     same(tmp_path / "a", tmp_path / "b")
     for kind, harm in (
-        ("gram/0.0.0.0.0", "flip"), ("sha256/0.0.0.0", "empty"), ("pair_distance/0.0.0.0", "flip"),
+        ("gram/0.0.0.0.0", "flip"), ("sha256/0.0.0.0", "empty"), ("seed_distance/0.0.0.0", "flip"),
         ("image/0.0.0.0.0", "delete"), ("sha256/0.0.0.0", "delete"),
     ):  # fmt: skip
         sampled.clear()
@@ -431,7 +431,15 @@ def test_vanishing_folder(lab, pairs, tmp_path, whole, monkeypatch, how, when):
 
 def agree(trace: xr.Dataset, other: xr.Dataset) -> None:
     """What a run holds is what sampling gives, to the last bit."""
-    for name in ("gram", "pair_distance", "severity", "rescued", "image", "caption", "alpha_bar"):
+    for name in (
+        "gram",
+        "seed_distance",
+        "severity",
+        "float32_fallback",
+        "image",
+        "caption",
+        "alpha_bar",
+    ):
         np.testing.assert_array_equal(trace[name].values, other[name].values, err_msg=name)
         assert trace[name].dims == other[name].dims
 
@@ -439,7 +447,7 @@ def agree(trace: xr.Dataset, other: xr.Dataset) -> None:
 def test_growth(lab, pairs, tmp_path, sampled):
     """More prompts, then more seeds: only what is new is sampled, what is there stays."""
     folder = tmp_path / "run"
-    more = dict(steps=3, severity="ncc", progress=False)
+    more = dict(steps=3, similarity="ncc", progress=False)
     again(lab, pairs.iloc[:2], folder)
     agree(memlib.open_run(folder), memlib.reverse_trace(lab, pairs.iloc[:2], range(4), **more))
     first, sampled[:] = contents(folder), []
@@ -459,12 +467,14 @@ def test_growth(lab, pairs, tmp_path, sampled):
     agree(old, one)
     agree(new, memlib.reverse_trace(lab, pairs.iloc[:5], [4, 5, 6], batch_size=6, **more))
     # distances are known within what was recorded together
-    across = trace.pair_distance.isel(seed=slice(0, 4), seed_=slice(4, 7))
+    across = trace.seed_distance.isel(seed=slice(0, 4), seed_=slice(4, 7))
     assert across.isnull().all()
-    d = trace.pair_distance.values
+    d = trace.seed_distance.values
     known = [(a, b) for a in range(7) for b in range(7) if a < b and (a < 4) == (b < 4)]
     by_hand = np.mean([d[..., a, b] for a, b in known], axis=0)
-    np.testing.assert_allclose(memlib.spread(trace), by_hand, rtol=1e-12)  # another order of sums
+    np.testing.assert_allclose(
+        memlib.mean_seed_distance(trace), by_hand, rtol=1e-12
+    )  # another order of sums
     sampled.clear()
     assert again(lab, pairs.iloc[:5], folder, range(7)).skipped == 10
     assert again(lab, pairs.iloc[1:3], folder, [5, 2]).skipped == 4  # two pieces each
@@ -485,7 +495,9 @@ def test_prompts_with_seeds_of_their_own(lab, pairs, tmp_path, sampled):
     assert len(sampled) == len(set(sampled)) == 8
     trace = memlib.open_run(folder)
     assert np.isfinite(trace.gram.sel(vec="x_t", vec_="x_t")).all()
-    one = memlib.reverse_trace(lab, pairs.iloc[2:4], [3, 0], steps=3, severity="ncc", batch_size=4)
+    one = memlib.reverse_trace(
+        lab, pairs.iloc[2:4], [3, 0], steps=3, similarity="ncc", batch_size=4
+    )
     agree(trace.isel(prompt=[2, 3], seed=[0, 1], seed_=[0, 1]), one)
     assert memlib.verify(folder).ok
 
@@ -568,7 +580,7 @@ def test_what_is_large_is_read_when_it_is_used(lab, pairs, run, whole, monkeypat
     few = part.read([part.plan["prompts"][n] for n in (4, 1)], [3, 0])
     for trace in (far, few):
         assert not trace.image.variable._in_memory
-        assert not trace.pair_distance.variable._in_memory
+        assert not trace.seed_distance.variable._in_memory
         assert trace.gram.variable._in_memory
     assert near.image.variable._in_memory
     xr.testing.assert_identical(far.load(), near)
@@ -701,7 +713,7 @@ def test_bytes(lab, pairs, tmp_path, sampler):
     """At most 400 bytes for each prompt, seed and state, checksums and distances included."""
     seeds, steps = 50, 50
     template = memlib.reverse_trace(
-        lab, pairs.iloc[:0], range(seeds), sampler=sampler, severity=None, images=False
+        lab, pairs.iloc[:0], range(seeds), sampler=sampler, similarity=None, images=False
     )
     gram, distance = fake_gram(seeds, steps + 1, sampler == "ddpm")
     shape = dict(prompt=[0] * 0)
@@ -709,8 +721,8 @@ def test_bytes(lab, pairs, tmp_path, sampler):
     piece = xr.Dataset(
         {
             "gram": (("seed", "step", "vec", "vec_"), gram),
-            "pair_distance": (("step", "seed", "seed_"), distance),
-            "rescued": ("seed", np.zeros(seeds, np.uint8)),
+            "seed_distance": (("step", "seed", "seed_"), distance),
+            "float32_fallback": ("seed", np.zeros(seeds, np.uint8)),
             "tokens_cut": ("seed", np.zeros(seeds, np.uint16)),
         },
         {"seed": range(seeds), "seed_": range(seeds)},
@@ -740,7 +752,7 @@ def test_bytes(lab, pairs, tmp_path, sampler):
 def test_what_is_put_is_read(groups, prompts, number):
     """Any pieces, in any order, NaN and infinity included; what was not put is missing."""
     random = np.random.default_rng(number)
-    dims = {"gram": ("seed", "step"), "image": ("seed", "y"), "pair_distance": ("seed", "seed_")}
+    dims = {"gram": ("seed", "step"), "image": ("seed", "y"), "seed_distance": ("seed", "seed_")}
     sizes = {"step": 3, "y": 2}
 
     def dataset(seeds):
@@ -821,11 +833,11 @@ def test_arrays_of_other_programs(tmp_path, codec, order):
 
 # ------------------------------------------------------------------------------- the book's cache
 
-BOOK = dict(steps=3, severity="ncc", progress=False)
+BOOK = dict(steps=3, similarity="ncc", progress=False)
 
 
 def ask(lab, pairs, seeds=range(SEEDS)):
-    return memlib.recorded(memlib.reverse_trace, lab, pairs, seeds=seeds, batch_size=4, **BOOK)
+    return memlib.cached(memlib.reverse_trace, lab, pairs, seeds=seeds, batch_size=4, **BOOK)
 
 
 @pytest.fixture
@@ -885,7 +897,7 @@ def test_the_book_takes_what_trace_recorded(lab, book, sampled, capsys):
     ask(lab, there, range(3))
     ask(lab, there, [3, 4])
     assert sampled == []
-    assert np.isfinite(ask(lab, there, [2, 3]).pair_distance).all()
+    assert np.isfinite(ask(lab, there, [2, 3]).seed_distance).all()
     assert len(sampled) == 6
     assert cli.main(["verify"]) == 0  # all that is in the cache
     assert capsys.readouterr().out.count("whole") == 2

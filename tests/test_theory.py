@@ -33,7 +33,7 @@ def pairs_of(captions, targets):
 
 def trace_of(model, pairs, sampler="ddim", steps=50, seeds=(0, 1, 2), **kw):
     return memlib.reverse_trace(
-        model, pairs, seeds=seeds, sampler=sampler, steps=steps, severity=None, images=False,
+        model, pairs, seeds=seeds, sampler=sampler, steps=steps, similarity=None, images=False,
         progress=False, **kw,
     )  # fmt: skip
 
@@ -214,7 +214,10 @@ def test_the_exact_model_of_the_lab_copies_every_caption_it_knows():
         target = memlib.prompts.read_image(file, 64)
         best = memlib.similarity(exact.decode(exact.encode_images([file])), target)
         assert float(trace.severity[n].min()) > best - 0.1
-    assert float(memlib.spread(trace)[:, -1].max() / memlib.norm(trace, "x_0")[0, 0, 0]) < 0.1
+    assert (
+        float(memlib.mean_seed_distance(trace)[:, -1].max() / memlib.norm(trace, "x_0")[0, 0, 0])
+        < 0.1
+    )
     cond, uncond = exact.encode_text(["a caption of no atom"])
     assert torch.equal(cond, uncond)
 

@@ -127,7 +127,7 @@ def test_a_missing_package_is_told_in_one_line(tmp_path):
     """What diffusers needs and is not there, as httpx on some machines."""
     (tmp_path / "diffusers").mkdir()
     (tmp_path / "diffusers/__init__.py").write_text("import no_such_httpx\n")
-    command = [sys.executable, "-P", "-m", "memlib.cli", "trace", "--prompts=1", "--severity=ncc"]
+    command = [sys.executable, "-P", "-m", "memlib.cli", "trace", "--prompts=1", "--similarity=ncc"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 1

@@ -168,7 +168,7 @@ class Workload:
         shutil.rmtree(target, ignore_errors=True)
         memlib.record(
             reverse_trace, self.model, self.pairs, address=target, seeds=self.seeds,
-            sampler=sampler, steps=self.steps, severity=None, batch_size=20, progress=False,
+            sampler=sampler, steps=self.steps, similarity=None, batch_size=20, progress=False,
         )  # fmt: skip
         return target
 
@@ -402,12 +402,12 @@ def _invented_vectors(load: Workload, rounds: int, shape: tuple, prompts: int) -
         gram = contract(kept | {"noise": noise}, torch.stack([targets[-1]] * count))
         values = {
             "gram": (("seed", "step", "vec", "vec_"), gram),
-            "pair_distance": (
+            "seed_distance": (
                 ("step", "seed", "seed_"),
                 seed_distances(list(kept["x_t"].unbind(1))),
             ),
             "severity": (("seed",), np.zeros(count)),
-            "rescued": (("seed",), np.zeros(count, np.uint8)),
+            "float32_fallback": (("seed",), np.zeros(count, np.uint8)),
             "tokens_cut": (("seed",), np.zeros(count, np.uint16)),
         }
         return xr.Dataset(values)
@@ -438,7 +438,7 @@ def workers(model: str, rounds: int) -> dict:
     """Two worker processes of one thread each, against one; their start is timed apart."""
     load = Workload(model, prompts=16, steps=20)
     settings = dict(
-        severity=None, sampler="ddim", steps=load.steps, guidance_scale=7.5, images=True
+        similarity=None, sampler="ddim", steps=load.steps, guidance_scale=7.5, images=True
     )
     job = Job(reverse_trace, settings, load.model.recipe, threads=1)
     rows = load.pairs.reset_index(drop=True)
@@ -569,7 +569,9 @@ def synthetic(
     lab = memlib.load("lab")
     pairs = memlib.load_pairs("lab").iloc[[0] * prompts].reset_index(drop=True)
     pairs["prompt_id"] = [f"p{n}" for n in range(prompts)]
-    settings = dict(seeds=range(seeds), steps=steps, images=False, sampler=sampler, severity="ncc")
+    settings = dict(
+        seeds=range(seeds), steps=steps, images=False, sampler=sampler, similarity="ncc"
+    )
     agreed, _ = identity(reverse_trace, lab, pairs, settings)
     template = reverse_trace(lab, pairs.iloc[:0], **settings)
     run, rng, wrote = Run(address), np.random.default_rng(0), 0.0
@@ -612,9 +614,9 @@ def _invented(template: xr.Dataset, seeds: int, sampler: str, rng) -> xr.Dataset
     severity = np.clip(0.5 * strength + 0.1 * rng.normal(size=seeds), 0, 1)
     values = {
         "gram": (("seed", "step", "vec", "vec_"), stacked @ stacked.swapaxes(-1, -2)),
-        "pair_distance": (("step", "seed", "seed_"), np.moveaxis(gap, -1, 0)),
+        "seed_distance": (("step", "seed", "seed_"), np.moveaxis(gap, -1, 0)),
         "severity": (("seed",), severity),
-        "rescued": (("seed",), np.zeros(seeds, np.uint8)),
+        "float32_fallback": (("seed",), np.zeros(seeds, np.uint8)),
         "tokens_cut": (("seed",), np.zeros(seeds, np.uint16)),
     }
     return xr.Dataset(values)
@@ -626,7 +628,7 @@ def predictors(trace: xr.Dataset) -> pd.DataFrame:
     table = {"gap": gap.mean(("seed", "step")), "gap, first": gap[:, :, 0].mean("seed")}
     table["k"] = memlib.overestimation(trace).mean(("seed", "step"))
     table["k, first"] = memlib.overestimation(trace.isel(step=slice(1)), 1.0).mean(("seed", "step"))
-    table["spread"] = -memlib.spread(trace.isel(step=slice(-1, None)))[:, 0]
+    table["spread"] = -memlib.mean_seed_distance(trace.isel(step=slice(-1, None)))[:, 0]
     table["end"] = memlib.cosine(trace.isel(step=slice(1)), "x_gen", "x_0").mean(("seed", "step"))
     found = memlib.weights(trace)[["w_0", "w_T"]].mean("seed")
     own = memlib.weights(trace, "x_gen")[["w_0"]].mean("seed")
@@ -753,7 +755,7 @@ class OnCard:
         start = time.perf_counter()
         memlib.record(
             reverse_trace, self.model, self.pairs.iloc[:prompts], address=self.folder / "run",
-            seeds=self.seeds, steps=self.steps, severity=None, images=images, batch_size=batch,
+            seeds=self.seeds, steps=self.steps, similarity=None, images=images, batch_size=batch,
             compile=self.compile, workers=1, progress=False, strict=True,
         )  # fmt: skip
         return time.perf_counter() - start

@@ -1,6 +1,6 @@
 """What the chapters ask a Hub model directly, kept on disk beside its traces.
 
-`memlib.recorded` keeps traces. A chapter also decodes a few latents, encodes its images or follows
+`memlib.cached` keeps traces. A chapter also decodes a few latents, encodes its images or follows
 one trajectory; these answers are kept here, so that a book recorded on a GPU is built anywhere.
 """
 
@@ -104,7 +104,7 @@ def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
 class RecordedModel:
     """A model without weights: what its traces know of it. Whatever they lack is refused.
 
-    `memlib.recorded` leaves a card beside the traces of a Hub model; `load` makes this of it.
+    `memlib.cached` leaves a card beside the traces of a Hub model; `load` makes this of it.
     """
 
     def __init__(self, card: dict):

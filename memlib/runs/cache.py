@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from memlib import gram, measures, models, prompts, sampler, schedule
 from memlib import trace as trace_
+from memlib.errors import renamed
 from memlib.hub.answers import leave_card, of_hub
 from memlib.paths import cache_folder
 from memlib.runs import tracing
@@ -23,13 +24,14 @@ from memlib.runs.store import Run, StoreError, prompt_rows
 from memlib.runs.work import identity, record
 
 
-def recorded(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **settings):
+@renamed(severity="similarity")
+def cached(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **settings):
     """`function(model, pairs, **settings)`, read from the cache as far as it was recorded before.
 
     `function` is `reverse_trace` or `forward_trace`. What is asked for is a run of its own
-    (`memlib.runs.store`), whose name covers everything that matters: the weights, the prompts and the
-    bytes of their images, the settings, the code and the versions of the packages. A run that was
-    stopped goes on where it was. What ``memlib trace`` has recorded is taken, too, where it has
+    (`memlib.runs.store`), whose name covers everything that matters: the weights, the prompts and
+    the bytes of their images, the settings, the code and the versions of the packages. A run that
+    was stopped goes on where it was. What ``memlib trace`` has recorded is taken, too, where it has
     all that is asked for. Traces of a Hub model are dear and travel: those of another machine,
     device or version of a package are taken (their attributes say which), the newest first.
 

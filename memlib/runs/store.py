@@ -603,7 +603,7 @@ def _as_begun(plan: dict, template: xr.Dataset) -> xr.Dataset:
     parts = [n for n, v in template.data_vars.items() if "prompt" in v.dims]
     kept = plan.setdefault("parts", [n for n in parts if n not in NEWER])
     if "compiled" in kept and "compiled" not in parts:
-        template = template.assign(compiled=template.rescued)
+        template = template.assign(compiled=template.float32_fallback)
     return template[[n for n in template.data_vars if n not in (*parts, "compiled")] + kept]
 
 

@@ -15,6 +15,7 @@ import torch
 import xarray as xr
 from tqdm import tqdm
 
+from memlib.errors import renamed
 from memlib.gram import VECTORS
 from memlib.measures import descriptor
 from memlib.prompts import image_files
@@ -32,7 +33,7 @@ from memlib.trace import (
 )
 
 
-def _rescued(model, function: Callable, again: Callable | None = None):
+def in_float32_where_needed(model, function: Callable, again: Callable | None = None):
     """`function()`; where half precision gives no finite numbers, `again()` in float32.
 
     Returns what they return, and whether float32 was needed.
@@ -83,6 +84,7 @@ def _batches(work: list, batch_size: int, function: Callable, equal: bool = Fals
         done += len(part)
 
 
+@renamed(severity="similarity")
 def reverse_trace(
     model,
     pairs: pd.DataFrame,
@@ -90,7 +92,7 @@ def reverse_trace(
     guidance_scale: Guidance = 7.5,
     sampler: str = "ddim",
     steps: int = 50,
-    severity: str | None = "sscd",
+    similarity: str | None = "sscd",
     images: bool = True,
     batch_size: int | None = None,
     progress: bool = True,
@@ -106,7 +108,7 @@ def reverse_trace(
     guidance_scale : as in diffusers, 1 = none; a number, one per step, or a function of the step.
         Unlike there, values below 1 are used as they are (0 = the unconditional branch).
     sampler : ``ddim`` or ``ddpm``; steps : number of updates.
-    severity : one of `memlib.measures.MEASURES`, or None.
+    similarity : one of `memlib.measures.MEASURES`, or None.
     images : keep the pictures (uint8).
     batch_size : images sampled at once; halved when the device runs out of memory. By default 20
         on a CPU, and on a GPU what a few calls say that it holds (`memlib.runs.cost.trial`).
@@ -114,10 +116,10 @@ def reverse_trace(
 
     Returns
     -------
-    Dataset: `gram` (prompt, seed, step, vec, vec_), `pair_distance` (prompt, step, seed, seed_),
-    `severity` and `rescued` (prompt, seed), `image` (prompt, seed, y, x, rgb); `step` counts
-    states 0 ... steps. `tokens_cut` (prompt, seed): tokens of a caption that is too long to be
-    read whole. Where compiling was possible `compiled` (prompt, seed) says what was.
+    Dataset: `gram` (prompt, seed, step, vec, vec_), `seed_distance` (prompt, step, seed, seed_),
+    `severity` and `float32_fallback` (prompt, seed), `image` (prompt, seed, y, x, rgb); `step`
+    counts states 0 ... steps. `tokens_cut` (prompt, seed): tokens of a caption that is too long to
+    be read whole. Where compiling was possible `compiled` (prompt, seed) says what was.
 
     Raises
     ------
@@ -125,13 +127,13 @@ def reverse_trace(
         Unknown sampler or measure, impossible steps, repeated seeds.
     FloatingPointError
         Predictions that are not finite in float32. A batch that is not finite in half precision
-        is sampled again in float32, with a warning; variable `rescued` marks its images.
+        is sampled again in float32, with a warning; variable `float32_fallback` marks its images.
     MemoryError
         One image alone does not fit into the device's memory.
     """
     tell_of_long_captions(getattr(model, "uncached", model), pairs)
     return sample_trace(
-        model, pairs, seeds, guidance_scale, sampler, steps, severity, images, batch_size,
+        model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size,
         progress, compile,
     ).finish()  # fmt: skip
 
@@ -162,7 +164,7 @@ class Sampled:
 
     model: object
     pairs: pd.DataFrame
-    severity: str | None
+    similarity: str | None
     images: bool
     decoding: bool
     trace: xr.Dataset
@@ -175,7 +177,7 @@ class Sampled:
         compiled = self.model.compiled and not again if "compiled" in self.trace else None
         last = last.cpu()
         for n, (p, s) in enumerate(batch):
-            self.trace.gram.values[p, s], self.trace.rescued.values[p, s] = gram[n], again
+            self.trace.gram.values[p, s], self.trace.float32_fallback.values[p, s] = gram[n], again
             if compiled is not None:
                 self.trace.compiled.values[p, s] = compiled
             if self.decoding:
@@ -193,9 +195,9 @@ class Sampled:
                     for part, decoded in _batches(batch, together, self._decode):
                         pictures[tuple(zip(*part, strict=True))] = decoded
             trace = trace.assign(image=(("prompt", "seed", "y", "x", "rgb"), pictures))
-        if self.severity is not None:
+        if self.similarity is not None:
             with beside(self.model.device):
-                trace = score(trace, self.pairs, self.severity, self.model.device)
+                trace = score(trace, self.pairs, self.similarity, self.model.device)
         return trace if self.images else trace.drop_vars("image", errors="ignore")
 
     def _decode(self, part: list) -> np.ndarray:
@@ -223,7 +225,7 @@ def beside(device: torch.device):
 
 
 def sample_trace(
-    model, pairs, seeds, guidance_scale, sampler, steps, severity, images, batch_size, progress,
+    model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size, progress,
     compile,
 ) -> Sampled:  # fmt: skip
     """`reverse_trace`, as far as the device has to sample."""
@@ -231,17 +233,17 @@ def sample_trace(
     seeds = [int(s) for s in seeds]
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError("seeds must be distinct and at least one")
-    if severity is not None:
-        descriptor(severity)  # an unknown name fails now, not after the sampling
+    if similarity is not None:
+        descriptor(similarity)  # an unknown name fails now, not after the sampling
     pairs = pairs.reset_index(drop=True)
     scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
     guidance = guidance_values(guidance_scale, steps)
-    decoding = bool((images or severity) and model.image_size)
+    decoding = bool((images or similarity) and model.image_size)
     trace = empty_trace(model, pairs, seeds, scheduler, guidance, sampler)
     if compile is not None or model.device.type == "cuda":
-        trace["compiled"] = trace.rescued.copy(deep=True)
+        trace["compiled"] = trace.float32_fallback.copy(deep=True)
     last = torch.empty((len(pairs), len(seeds), *model.latent_shape) if decoding else 0)
-    found = Sampled(model, pairs, severity, images, decoding, trace, last.to(model.dtype))
+    found = Sampled(model, pairs, similarity, images, decoding, trace, last.to(model.dtype))
     count = len(pairs) * len(seeds)
     size, compile = cost.decide(
         model, "reverse", batch_size, compile, count, len(seeds), steps, decoding
@@ -269,7 +271,9 @@ def _sample_all(found: Sampled, seeds, scheduler, guidance, batch_size, equal, p
             done = [kept for _, kept in _batches(batch, -(-len(batch) // 2), run)]
             return {name: torch.cat([kept[name] for kept in done], 1) for name in done[0]}
 
-        kept, again = _rescued(model, run, halves if model.device.type == "cuda" else None)
+        kept, again = in_float32_where_needed(
+            model, run, halves if model.device.type == "cuda" else None
+        )
         return contract(kept, x_0[[p for p, _ in batch]]), kept["x_t"], again
 
     with progress_bar(len(work), f"sample {found.trace.sampler}", progress) as bar:
@@ -279,7 +283,7 @@ def _sample_all(found: Sampled, seeds, scheduler, guidance, batch_size, equal, p
                 # On a GPU a copy: a part of the batch's tensor would keep all of it.
                 waiting.append(x_t[:, n].clone() if x_t.is_cuda else x_t[:, n])
                 if s == len(seeds) - 1:
-                    found.trace.pair_distance.values[p] = seed_distances(waiting)
+                    found.trace.seed_distance.values[p] = seed_distances(waiting)
                     waiting.clear()
             bar.update(len(batch))
             del gram, x_t  # not beside those of the next batch
@@ -352,7 +356,7 @@ def forward_trace(
                         raise FloatingPointError(not_finite(model))
                     return out
 
-                out, _ = _rescued(model, run)
+                out, _ = in_float32_where_needed(model, run)
                 eps_uncond, eps_cond = (
                     model.to_epsilon(o.double().cpu(), x_t, a) for o in out.chunk(2)
                 )

@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from memlib.errors import first_line, nearest
+from memlib.errors import first_line, nearest, renamed
 from memlib.hub.loading import load
 from memlib.measures import OFFICIAL, PREPROCESSING
 from memlib.runs import cost
@@ -96,8 +96,8 @@ class Job:
         names = inspect.signature(self.function).parameters
         more = {"seeds": seeds, "batch_size": batch_size, "progress": False}
         settings |= {k: v for k, v in more.items() if k in names}
-        if settings.get("severity"):  # scored afterwards, while the device samples the next
-            settings |= {"severity": None, "images": True}
+        if settings.get("similarity"):  # scored afterwards, while the device samples the next
+            settings |= {"similarity": None, "images": True}
         if self.function is not reverse_trace:
             trace = self.function(model, rows, **settings)
             return lambda: self._score(trace, rows, model)
@@ -107,7 +107,7 @@ class Job:
         return lambda: self._score(sampled.finish(), rows, model)
 
     def _score(self, trace: xr.Dataset, rows: pd.DataFrame, model) -> xr.Dataset:
-        if measure := self.settings.get("severity"):
+        if measure := self.settings.get("similarity"):
             trace = score(trace, rows, measure, model.device)
             if not self.settings["images"]:
                 trace = trace.drop_vars("image", errors="ignore")
@@ -492,10 +492,12 @@ def identity(function: Callable, model, pairs: pd.DataFrame, settings: dict) -> 
         values["guidance_scale"] = guidance_values(values["guidance_scale"], values["steps"])
     values = {k: list(v) if isinstance(v, range) else v for k, v in values.items()}
     fixed = {k: v for k, v in values.items() if k not in PRIVATE}
+    if "similarity" in fixed:
+        fixed["severity"] = fixed.pop("similarity")  # what runs on disk call it
     scheduler = json.dumps(model.scheduler_config, default=str, sort_keys=True)
     known = {"source": model.source, "fingerprint": model.fingerprint}
     known |= {"precision": model.precision, "scheduler": scheduler}
-    if (measure := values.get("severity")) in PREPROCESSING:  # another file is another score
+    if (measure := values.get("similarity")) in PREPROCESSING:  # another file is another score
         known["score"] = OFFICIAL[PREPROCESSING[measure][0]].trusted
     whole = {"function": function.__name__, "settings": fixed, "model": known}
     return json.loads(json.dumps(whole, default=_listed)), values
@@ -505,6 +507,7 @@ def _listed(value):
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else list(value)
 
 
+@renamed(severity="similarity")
 def record(
     function: Callable[..., xr.Dataset] = reverse_trace,
     model=None,
@@ -609,7 +612,7 @@ def _sizes(kernel, values: dict, seeds: list, others: int, batch_size, compile, 
     share, each = -(-images // max(1, others)), max(1, len(seeds))  # of one worker
     size, compile = cost.decide(
         kernel, "reverse" if seeds else "forward", batch_size, compile, share, each,
-        values.get("steps", 0), decoding=bool(values.get("images") or values.get("severity")),
+        values.get("steps", 0), decoding=bool(values.get("images") or values.get("similarity")),
         beside=weights + CONTEXT if others else 0,
     )  # fmt: skip
     if batch_size is None and others > 1:  # no worker shall idle
