@@ -1,8 +1,47 @@
-"""Shipped files against their list of checksums."""
+"""Files: written as a whole or not at all, compared with checksums, and code by what it does."""
 
+import ast
 import hashlib
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, moved there at the end; an error leaves what was there."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{path.name[:80]}.", suffix=".partial", dir=path.parent
+    )
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o666 & ~_umask())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def code(path: str | Path) -> str:
+    """A module as its syntax tree: what it does, without comments, docstrings and layout."""
+    tree = ast.parse(Path(path).read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+                del body[0]
+    return ast.dump(tree)
 
 
 def digest(file: Path, algorithm: str) -> str:
