@@ -3,44 +3,32 @@
 import ast
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, moved there at the end; an error leaves what was there."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(
-        prefix=f".{path.name[:80]}.", suffix=".partial", dir=path.parent
-    )
-    os.close(handle)
-    partial = Path(name)
+    partial = path.with_name(f".{path.name[:100]}.{uuid4().hex[:8]}.partial")
     try:
         yield partial
-        partial.chmod(0o666 & ~_umask())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
 def code(path: str | Path) -> str:
     """A module as its syntax tree: what it does, without comments, docstrings and layout."""
     tree = ast.parse(Path(path).read_text())
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                del body[0]
+        for first in node.body[:1] if isinstance(getattr(node, "body", None), list) else ():
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = node.body[1:]  # a docstring
     return ast.dump(tree)
 
 
