@@ -2,49 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from diffusers.schedulers import scheduling_ddpm
 from diffusers.utils.torch_utils import randn_tensor
 
 from memlib.schedule import ddpm_noise_coefficients, state_levels
-
-Guidance = float | int | Sequence[float] | Callable[[int], float]
-
-
-def guidance_values(guidance_scale: Guidance, steps: int) -> np.ndarray:
-    """The guidance scale of every update: a number, a sequence or a function of the step."""
-    if callable(guidance_scale):
-        values = [guidance_scale(step) for step in range(steps)]
-    elif np.ndim(guidance_scale) == 0:
-        values = [guidance_scale] * steps
-    else:
-        values = list(guidance_scale)
-    if len(values) != steps:
-        raise ValueError(f"{len(values)} guidance scales do not fit {steps} steps")
-    values = np.asarray(values, dtype=float)
-    if not np.isfinite(values).all():
-        raise ValueError("guidance_scale must be finite")
-    return values
-
-
-@contextlib.contextmanager
-def _overheard(scheduling):
-    """What a step of a diffusers scheduler draws, without drawing it a second time."""
-    drawn, draw = [], scheduling.randn_tensor
-
-    def listen(*args, **kwargs):
-        drawn.append(draw(*args, **kwargs))
-        return drawn[-1]
-
-    scheduling.randn_tensor = listen
-    try:
-        yield drawn
-    finally:
-        scheduling.randn_tensor = draw
 
 
 @torch.no_grad()
@@ -68,10 +32,9 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
     stochastic = type(scheduler).__name__ == "DDPMScheduler"
     keep, fresh = ddpm_noise_coefficients(alpha_bar) if stochastic else (None, None)
     # The trajectory is written into its place: a list that is stacked needs twice the memory.
-    kept = {
-        name: x.new_empty((len(alpha_bar) - 1, *x.shape)) for name in ("eps_uncond", "eps_cond")
-    }
-    kept["x_t"] = x.new_empty((len(alpha_bar), *x.shape))
+    steps = len(alpha_bar) - 1
+    kept = {name: x.new_empty((steps, *x.shape)) for name in ("eps_uncond", "eps_cond")}
+    kept["x_t"] = x.new_empty((steps + 1, *x.shape))
     kept["noise"] = torch.zeros_like(kept["x_t"] if stochastic else x).expand_as(kept["x_t"])
     kept["x_t"][0] = x
     times = scheduler.timesteps.to(model.device)  # at once: each one alone would wait for the GPU
@@ -85,16 +48,15 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
         kept["eps_uncond"][i] = model.to_epsilon(out_uncond, x, alpha_bar[i])
         kept["eps_cond"][i] = model.to_epsilon(out_cond, x, alpha_bar[i])
         if stochastic:
-            with _overheard(scheduling_ddpm) as drawn:
-                x = scheduler.step(out, t, x, generator=generators).prev_sample
-            kept["noise"][i + 1] = float(keep[i]) * kept["noise"][i]
-            if drawn:  # a step at timestep 0 draws none
-                kept["noise"][i + 1] += float(fresh[i]) * drawn[0]
+            copies = [generator.clone_state() for generator in generators]  # draw the same
+            x = scheduler.step(out, t, x, generator=generators).prev_sample
+            drawn = randn_tensor(out.shape, copies, out.device, out.dtype)
+            kept["noise"][i + 1] = float(keep[i]) * kept["noise"][i] + float(fresh[i]) * drawn
         else:
             x = scheduler.step(out, t, x).prev_sample
         kept["x_t"][i + 1] = x
-    # A state that is not finite stays so: the last one tells of all.
-    # So do least and largest, which take less time and memory than a test of every number.
+    # A state that is not finite stays so: the last one tells of all. Least and largest tell of
+    # every number, in less time and memory than a test of each.
     last = (kept["x_t"][-1], kept["eps_uncond"], kept["eps_cond"])
     if not all(value.isfinite() for tensor in last for value in tensor.aminmax()):
         raise FloatingPointError(not_finite(model))
@@ -102,6 +64,7 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
 
 
 def not_finite(model) -> str:
+    """What is said of predictions that are not finite."""
     half = model.precision in ("float16", "bfloat16")
     advice = "" if half else ": are its weights whole?"
     return f"the predictions of {model.source} are not finite in {model.precision}{advice}"

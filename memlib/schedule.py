@@ -7,10 +7,15 @@ computed at. `state_levels` says so once and for all.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from memlib.errors import nearest
+
+Guidance = float | int | Sequence[float] | Callable[[int], float]
 SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 
 
@@ -20,8 +25,6 @@ def make_scheduler(config, sampler: str, steps: int, dtype: torch.dtype = torch.
     With ``dtype=torch.float64`` its tables are widened, so that an exact model is followed to
     machine precision instead of the seven digits of the float32 tables.
     """
-    from memlib.errors import nearest
-
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}{nearest(sampler, SAMPLERS)}")
     limit = config["num_train_timesteps"]
@@ -109,3 +112,19 @@ def oracle_weights(alpha_bar: np.ndarray, sampler: str) -> dict[str, np.ndarray]
 def schedule_weights(alpha_bar: np.ndarray) -> dict[str, np.ndarray]:
     r"""The paper's, $\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ (Kim et al. 2025)."""
     return {"w_0": np.sqrt(alpha_bar), "w_T": np.sqrt(1 - alpha_bar)}
+
+
+def guidance_values(guidance_scale: Guidance, steps: int) -> np.ndarray:
+    """The guidance scale of every update: a number, a sequence or a function of the step."""
+    if callable(guidance_scale):
+        values = [guidance_scale(step) for step in range(steps)]
+    elif np.ndim(guidance_scale) == 0:
+        values = [guidance_scale] * steps
+    else:
+        values = list(guidance_scale)
+    if len(values) != steps:
+        raise ValueError(f"{len(values)} guidance scales do not fit {steps} steps")
+    values = np.asarray(values, dtype=float)
+    if not np.isfinite(values).all():
+        raise ValueError("guidance_scale must be finite")
+    return values

@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import memlib
 from memlib import models, paths, schedule
 from memlib.models import ModelError
-from memlib.sampler import guidance_values, sample
+from memlib.sampler import sample
 
 SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 CAPTIONS = ["a red apple on a blue background", "a dog", ""]
@@ -110,7 +110,7 @@ def theirs(folder, captions, sampler, guidance_scale, steps=4):
 
 def ours(model, captions, sampler, guidance_scale, steps=4):
     scheduler = schedule.make_scheduler(model.scheduler_config, sampler, steps)
-    guidance = guidance_values(guidance_scale, steps)
+    guidance = schedule.guidance_values(guidance_scale, steps)
     return sample(model, captions, range(len(captions)), scheduler, guidance)
 
 
@@ -405,8 +405,8 @@ pairs = pd.DataFrame({"prompt_id": ["0"], "caption": ["a dog"], "image": [""]})
 trace = memlib.cached(memlib.reverse_trace, memlib.load("some/model"), pairs, seeds=[0], steps=2,
                         similarity=None)
 import os
-from memlib.sampler import guidance_values, sample
-from memlib.schedule import make_scheduler
+from memlib.sampler import sample
+from memlib.schedule import guidance_values, make_scheduler
 model = memlib.load("some/model")  # and what chapters ask directly
 scheduler = make_scheduler(model.scheduler_config, "ddpm", 2)
 kept = sample(model, ["a dog"], [1], scheduler, guidance_values(7.5, 2))
@@ -581,7 +581,7 @@ import resource, sys, torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from memlib import models, paths, schedule
-from memlib.sampler import guidance_values, sample
+from memlib.sampler import sample
 sys.path.insert(0, sys.argv[1])
 from test_checkpoints import SD1, make_vae
 torch.manual_seed(0)
@@ -602,7 +602,7 @@ pipe = StableDiffusionPipeline(
 model = models.DiffusersModel(pipe, "full", "full")
 assert model.latent_shape == (4, 64, 64)
 scheduler = schedule.make_scheduler(model.scheduler_config, "ddim", 2)
-kept = sample(model, ["a dog"], [0], scheduler, guidance_values(7.5, 2))
+kept = sample(model, ["a dog"], [0], scheduler, schedule.guidance_values(7.5, 2))
 latents = pipe(["a dog"], num_inference_steps=2, guidance_scale=7.5, output_type="latent",
                generator=[torch.Generator().manual_seed(0)]).images
 assert torch.isfinite(latents).all() and latents.std() > 0.1

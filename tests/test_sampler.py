@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 import memlib
 from memlib import schedule
 from memlib.gram import VECTORS, add, eps_cfg
-from memlib.sampler import guidance_values, sample
+from memlib.sampler import sample
 
 SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 CAPTIONS = ["a red apple on a blue background", "a dog on a pink background", ""]
@@ -33,7 +33,7 @@ def pipeline_latents(lab, captions, seeds, sampler, guidance_scale, steps, pipe=
 
 def our_latents(lab, captions, seeds, sampler, guidance_scale, steps):
     scheduler = schedule.make_scheduler(lab.scheduler_config, sampler, steps)
-    guidance = guidance_values(guidance_scale, steps)
+    guidance = schedule.guidance_values(guidance_scale, steps)
     return sample(lab, captions, seeds, scheduler, guidance)["x_t"][-1]
 
 

@@ -46,10 +46,11 @@ from memlib.runs import cost
 from memlib.runs.store import Run, prompt_rows
 from memlib.runs.tracing import reverse_trace, sample_trace
 from memlib.runs.work import Job, Processes, cores, identity
-from memlib.sampler import guidance_values, sample
+from memlib.sampler import sample
 from memlib.schedule import (
     SAMPLERS,
     ddpm_noise_coefficients,
+    guidance_values,
     make_scheduler,
     oracle_weights,
     schedule_weights,

@@ -20,8 +20,8 @@ from memlib.gram import VECTORS
 from memlib.measures import descriptor
 from memlib.prompts import image_files
 from memlib.runs import cost
-from memlib.sampler import Guidance, guidance_values, not_finite, sample
-from memlib.schedule import make_scheduler
+from memlib.sampler import not_finite, sample
+from memlib.schedule import Guidance, guidance_values, make_scheduler
 from memlib.trace import (
     attributes,
     contract,

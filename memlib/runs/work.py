@@ -34,7 +34,7 @@ from memlib.measures import OFFICIAL, PREPROCESSING
 from memlib.runs import cost
 from memlib.runs.store import Run, StoreError, Task, prompt_rows
 from memlib.runs.tracing import progress_bar, reverse_trace, sample_trace, tell_of_long_captions
-from memlib.sampler import guidance_values
+from memlib.schedule import guidance_values
 from memlib.trace import score
 
 ENGINES = ("local", "ray")
