@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
 import json
 from collections.abc import Callable
@@ -14,14 +13,16 @@ import pandas as pd
 import xarray as xr
 from filelock import FileLock
 
-from memlib import gram, measures, models, prompts, sampler, schedule
-from memlib import trace as trace_
 from memlib.errors import renamed
+from memlib.files import code
 from memlib.hub.answers import leave_card, of_hub
-from memlib.paths import cache_folder
+from memlib.paths import ROOT, cache_folder
 from memlib.runs import tracing
 from memlib.runs.store import Run, StoreError, prompt_rows
 from memlib.runs.work import identity, record
+
+# What makes a trace's bits: another of these is another trace, whatever else of memlib changes.
+MAKES = "models prompts sampler schedule trace measures runs/tracing".split()
 
 
 @renamed(severity="similarity")
@@ -82,11 +83,10 @@ def run_folder(model, pairs: pd.DataFrame, **settings) -> Path:
 
 def _names(function, agreed: dict, asked: list, model) -> tuple[str, str, str]:
     """Names of the run of just this, and of any run of its settings; a hash of code and device."""
-    modules = (gram, models, prompts, sampler, schedule, measures, trace_, tracing)
     packages = ("torch", "diffusers", "transformers", "numpy", "pillow", "onnxruntime")
     where = [
         f"{model.precision} {model.device.type}",
-        *(inspect.getsource(module) for module in modules),
+        *(code(ROOT / "memlib" / f"{name}.py") for name in MAKES),
         *(version(package) for package in packages),
     ]
     own, shared, place = (

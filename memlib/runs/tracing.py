@@ -395,13 +395,14 @@ def trajectories(model, captions, seeds, guidance_scale: Guidance, sampler: str,
 
     Of a Hub model they are kept on disk, as its traces are (`memlib.hub.answers`).
     """
+    scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
     guidance = guidance_values(guidance_scale, steps)
 
     def run(model):
-        scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
         return sample(model, captions, seeds, scheduler, guidance)
 
     if not hasattr(model, "ask"):
         return run(model)
-    question = [list(captions), [int(s) for s in seeds], guidance.tolist(), sampler, steps]
-    return model.ask("trajectories", question, {}, run)
+    question = [list(captions), [int(s) for s in seeds], guidance.tolist()]
+    question += [type(scheduler).__name__, scheduler.timesteps.tolist()]
+    return model.ask("sample", question, {}, run)
