@@ -19,6 +19,7 @@ from memlib.paths import data_folder
 
 OFFICIAL_BATCH = 16  # pictures that the official networks see at once on a GPU
 SSCD_SIDE = 288  # pixels, the size SSCD was trained at
+COPY = {"sscd": 0.7, "ncc": 0.9}  # a score of this or more counts as a copy
 
 
 @dataclass(frozen=True)

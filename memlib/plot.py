@@ -21,20 +21,23 @@ from memlib.prompts import copies_or_kind, groups
 plt.style.use(Path(__file__).with_name("memlib.mplstyle"))
 
 # Okabe and Ito's colours, distinct to colour-blind eyes; a line style each as well.
+VERMILION, ORANGE, SKY, GREEN = "#D55E00", "#E69F00", "#56B4E9", "#009E73"
+BLUE, PURPLE, GREY, LIGHT = "#0072B2", "#CC79A7", "#888888", "#999999"
+GUIDE = {"color": GREY, "lw": 0.8, "ls": ":"}  # a line to compare with
 GROUPS = {
-    "planted, ≥ 32 copies": ("#D55E00", "-"),
-    "planted, 8-16 copies": ("#E69F00", "--"),
-    "planted, 1-4 copies": ("#56B4E9", "-."),
-    "memorized": ("#D55E00", "-"),  # of a list that does not count copies
-    "template": ("#CC79A7", (0, (5, 1, 1, 1, 1, 1))),
-    "control": ("#009E73", (0, (4, 2))),
-    "normal": ("#0072B2", ":"),
+    "planted, ≥ 32 copies": (VERMILION, "-"),
+    "planted, 8-16 copies": (ORANGE, "--"),
+    "planted, 1-4 copies": (SKY, "-."),
+    "memorized": (VERMILION, "-"),  # of a list that does not count copies
+    "template": (PURPLE, (0, (5, 1, 1, 1, 1, 1))),
+    "control": (GREEN, (0, (4, 2))),
+    "normal": (BLUE, ":"),
     "held-out": ("#666666", (0, (1, 1))),
 }
 BRANCHES = {
-    "conditional": ("#D55E00", "-"),
-    "unconditional": ("#0072B2", "--"),
-    "guided": ("#009E73", "-."),
+    "conditional": (VERMILION, "-"),
+    "unconditional": (BLUE, "--"),
+    "guided": (GREEN, "-."),
 }
 REFERENCES = {"schedule": ("#222222", ":"), "oracle": ("#222222", "--")}
 
