@@ -125,7 +125,7 @@ def test_comments_and_docstrings_change_nothing(tmp_path):
     assert code(file) != before
 
 
-@pytest.mark.parametrize("name, new", memlib.RENAMED.items())
+@pytest.mark.parametrize(("name", "new"), memlib.RENAMED.items())
 def test_old_names_warn(name, new):
     with pytest.warns(FutureWarning, match=f"memlib.{name} is now called memlib.{new}"):
         assert getattr(memlib, name) is getattr(memlib, new)
