@@ -10,6 +10,10 @@ from difflib import get_close_matches
 ANNOUNCED = re.compile(r":$|^Could not import module")
 
 
+class ModelError(ValueError):
+    """A model that cannot be used; the message says why and what to do."""
+
+
 def short(value: object, most: int = 80) -> str:
     """A value's text in one line of at most `most` characters; the middle of a longer one goes."""
     text = str(value)

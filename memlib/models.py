@@ -24,16 +24,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from memlib.errors import first_line
+from memlib.errors import ModelError, first_line
 from memlib.prompts import read_image
 
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 DECODED = 2**15  # pixels that are decoded together
 DECODED_HALF = 10 * 2**18  # the same in half precision, on a GPU
-
-
-class ModelError(ValueError):
-    """A model that cannot be used; the message says why and what to do."""
 
 
 @contextlib.contextmanager
