@@ -13,11 +13,11 @@ import torch
 from PIL import Image, ImageCms
 
 import memlib
-from memlib import cli, measures, models
+from memlib import cli, measures
 from memlib.hub import pictures
 from memlib.models import ModelError
+from memlib.paths import LAB, cache_folder
 from memlib.prompts import PairsError
-from memlib.runs import cache
 
 
 def one_line(error, pattern):
@@ -94,7 +94,7 @@ def test_unknown_models(tmp_path):
 @pytest.fixture
 def copy(tmp_path):
     skip = shutil.ignore_patterns("checkpoints", "sprites", "pairs")
-    return shutil.copytree(models.LAB, tmp_path / "copy", ignore=skip)
+    return shutil.copytree(LAB, tmp_path / "copy", ignore=skip)
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
@@ -539,14 +539,14 @@ def test_the_cache_computes_once_and_sees_every_change(lab, tmp_path, monkeypatc
         (entry / "sha256" / "0.0.0.0").unlink()
     assert memlib.cached(reverse_trace, lab, pairs).identical(first)
     assert len(calls) == 12
-    assert cache.cache_folder() == tmp_path
+    assert cache_folder() == tmp_path
 
 
 def test_a_changed_reference_picture_is_named(tmp_path, monkeypatch):
     from memlib.hub import manifests as pairs
 
     copy = tmp_path / "lab"
-    shutil.copytree(models.LAB, copy, ignore=shutil.ignore_patterns("unet", "vae", "checkpoints"))
+    shutil.copytree(LAB, copy, ignore=shutil.ignore_patterns("unet", "vae", "checkpoints"))
     monkeypatch.setattr(pairs, "LAB_PAIRS", copy / "pairs.csv")
     assert len(memlib.load_pairs("lab"))
     Image.new("RGB", (64, 64), "red").save(copy / "pairs" / "control-0.png")

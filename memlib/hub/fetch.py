@@ -285,8 +285,8 @@ def _item(
 
 def _refused(folder: Path) -> dict[str, str]:
     """Checksums of the pictures that were set aside: no other prompt's picture is one of them."""
-    files = sorted((folder / SET_ASIDE).glob("*.*"))
-    return {files.sha256(file): f"{SET_ASIDE}/{file.name}" for file in reversed(files)}
+    found = sorted((folder / SET_ASIDE).glob("*.*"))
+    return {files.sha256(file): f"{SET_ASIDE}/{file.name}" for file in reversed(found)}
 
 
 def _one_for_many(
