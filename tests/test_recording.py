@@ -82,8 +82,9 @@ def deadly(
     if "planted-001-1" in list(pairs.prompt_id):
         os.kill(os.getpid(), signal.SIGKILL)
     return memlib.reverse_trace(
-        model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size, progress
-    )
+        model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size,
+        progress,
+    )  # fmt: skip
 
 
 def test_a_task_that_kills_its_worker(lab, pairs, tmp_path, monkeypatch):
@@ -117,8 +118,9 @@ def hanging(
             Path(os.environ["HANGING"]).touch(exist_ok=False)
             os.kill(os.getpid(), signal.SIGSTOP)
     return memlib.reverse_trace(
-        model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size, progress
-    )
+        model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size,
+        progress,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
@@ -249,8 +251,9 @@ def odd(
     if len(pairs):
         raise ValueError("plain")
     return memlib.reverse_trace(
-        model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size, progress
-    )
+        model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size,
+        progress,
+    )  # fmt: skip
 
 
 def test_an_error_that_cannot_travel(lab, pairs, tmp_path):
