@@ -14,7 +14,7 @@ import xarray as xr
 
 import memlib
 from memlib import claims, prompts
-from memlib.site import book
+from memlib.site import book, chapter
 
 SIZES = "every=1 steps=4 seeds=2 ddpm_seeds=2 draws=1 timesteps=(940,) unguided_seeds=1 "
 SIZES += "checkpoint_draws=1 scales=(3,) sweep_every=2 sweep_seeds=1 uncaptioned=2 many=4 "
@@ -90,6 +90,22 @@ def test_no_text_speaks_of_copies_that_are_not_known(ran):
     for name, found in glued.items():
         for text in found.values():
             assert not re.search(r"\d copies|planted", text), (name, text)
+
+
+def test_numbers_of_any_library_are_glued_as_plain_ones(monkeypatch):
+    shown = {}
+
+    def display(data, metadata, raw):
+        shown[metadata["scrapbook"]["name"]] = data["application/papermill.record/text/plain"]
+
+    monkeypatch.setattr("IPython.display.display", display)
+    chapter.glue(a=3, b=np.int64(3), c=np.float32(0.5), d=xr.DataArray(0.25), e="words")
+    assert shown == {"a": "3", "b": "3", "c": "0.5", "d": "0.25", "e": "'words'"}
+    shown.clear()
+    each = np.array([True, False, False, False])
+    setting = chapter.Setting(None, LIST, prompts.groups(LIST), each, ~each, ~each)
+    setting.glue_groups(x=[[1, 2], [3, 4], [5, 6], [7, 8]])
+    assert shown == {"x_memorized": "1.5", "x_middle": "5.5", "x_control": "5.5"}
 
 
 LIST = pd.DataFrame({"kind": ["memorized", "template", "control", "control"]})
