@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +17,13 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from memlib.files import sha256
-from memlib.models import DiffusersModel, ModelError
+from memlib.errors import ModelError
+from memlib.files import sha256, whole
+from memlib.models import DiffusersModel
 from memlib.paths import cache_folder
 
 Tensors = dict[str, torch.Tensor]
+CARD = ("source", "fingerprint", "precision", "latent_shape", "image_size", "scheduler_config")
 
 
 class CachedModel:
@@ -42,13 +43,11 @@ class CachedModel:
         self, name: str, exact: list, given: Tensors, answer: Callable[..., Tensors]
     ) -> Tensors:
         """`answer(model)`, from disk where the question was asked before."""
-        given = {
-            k: torch.as_tensor(v).detach().float().cpu().contiguous() for k, v in given.items()
-        }
+        given = {k: v.detach().float().cpu().contiguous() for k, v in given.items()}
         shapes = {k: list(v.shape) for k, v in given.items()}
         words = json.dumps([self.fingerprint, name, exact, shapes], sort_keys=True, default=str)
         stem = f"{name}-{hashlib.sha256(words.encode()).hexdigest()[:20]}"
-        folder = cache_folder() / "answers" / re.sub("[^A-Za-z0-9.-]", "_", self.source)
+        folder = _place("answers", self.source)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{stem}.lock"):
             files = sorted(folder.glob(f"{stem}-*.safetensors"))
@@ -58,41 +57,33 @@ class CachedModel:
                     return {k[4:]: v for k, v in kept.items() if k.startswith("out.")}
             out = {k: v.detach().cpu().contiguous() for k, v in answer(self.uncached).items()}
             kept = {f"given.{k}": v for k, v in given.items()}
-            kept |= {f"out.{k}": v for k, v in out.items()}
-            partial = folder / f"{stem}.partial"
-            save_file(kept, partial)
-            os.replace(partial, folder / f"{stem}-{len(files)}.safetensors")
+            with whole(folder / f"{stem}-{len(files)}.safetensors") as partial:
+                save_file(kept | {f"out.{k}": v for k, v in out.items()}, partial)
         return out
 
     def encode_text(self, captions):
         def answer(model) -> Tensors:
-            cond, uncond = model.encode_text(captions)
-            return {"cond": cond, "uncond": uncond}
+            return dict(zip(("cond", "uncond"), model.encode_text(captions), strict=True))
 
         out = self.ask("text", list(captions), {}, answer)
         return out["cond"].to(self.device), out["uncond"].to(self.device)
 
     def predict(self, x_t, timestep, text):
         given = {"x_t": x_t, "timestep": torch.as_tensor(timestep), "text": text}
-
-        def answer(model) -> Tensors:
-            return {"out": model.predict(x_t, timestep, text)}
-
-        return self.ask("predict", [], given, answer)["out"].to(self.device)
+        out = self.ask("predict", [], given, lambda m: {"out": m.predict(x_t, timestep, text)})
+        return out["out"].to(self.device)
 
     def encode_images(self, files):
-        files = list(files)
-
-        def answer(model) -> Tensors:
-            return {"latents": model.encode_images(files)}
-
-        out = self.ask("images", [sha256(Path(f)) for f in files], {}, answer)
+        files = [Path(f) for f in files]
+        sums = [sha256(f) for f in files]
+        out = self.ask("images", sums, {}, lambda m: {"latents": m.encode_images(files)})
         return out["latents"].to(self.device)
 
     def decode(self, latents):
         def answer(model) -> Tensors:
-            return {"pictures": torch.from_numpy(model.decode(torch.as_tensor(latents)))}
+            return {"pictures": torch.from_numpy(model.decode(latents))}
 
+        latents = torch.as_tensor(latents)
         return self.ask("pictures", [], {"latents": latents}, answer)["pictures"].numpy()
 
 
@@ -102,17 +93,13 @@ def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class RecordedModel:
-    """A model without weights: what its traces know of it. Whatever they lack is refused.
+    """A model without weights: what its traces know of it. Whatever they lack is refused."""
 
-    `memlib.cached` leaves a card beside the traces of a Hub model; `load` makes this of it.
-    """
+    dtype, device = torch.float32, torch.device("cpu")
 
     def __init__(self, card: dict):
-        self.source, self.fingerprint = card["source"], card["fingerprint"]
-        self.scheduler_config, self.precision = card["scheduler_config"], card["precision"]
+        vars(self).update(card, latent_shape=tuple(card["latent_shape"]))
         self.prediction_type = self.scheduler_config.get("prediction_type", "epsilon")
-        self.latent_shape, self.image_size = tuple(card["latent_shape"]), card["image_size"]
-        self.dtype, self.device = torch.float32, torch.device("cpu")
 
     def _refuse(self, *_, **__):
         raise ModelError(
@@ -120,37 +107,33 @@ class RecordedModel:
             f"they are, or get them with memlib fetch {self.source}"
         )
 
-    encode_text = predict = encode_images = decode = checkpoint = compiling = _refuse
+    encode_text = predict = encode_images = decode = compiling = _refuse
     to_epsilon, uncached = DiffusersModel.to_epsilon, DiffusersModel.uncached
 
     def tokens_cut(self, captions: Sequence[str]) -> np.ndarray:
-        return np.zeros(
-            len(captions), int
-        )  # there is no tokenizer; a trace that is read has its own
+        """There is no tokenizer; a trace that is read has its own."""
+        return np.zeros(len(captions), int)
 
 
-def card_file(name: str) -> Path:
-    """Where the cache describes a Hub model, so that its traces are read without its weights."""
-    return cache_folder() / "models" / f"{re.sub('[^A-Za-z0-9.-]', '_', name)}.json"
+def _place(kind: str, source: str) -> Path:
+    return cache_folder() / kind / re.sub("[^A-Za-z0-9.-]", "_", source)
+
+
+def card(source: str) -> dict | None:
+    """What earlier runs, perhaps on another machine, left to know of a Hub model."""
+    file = _place("models", f"{source}.json")
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def leave_card(model) -> None:
-    """Describe a Hub model in the cache, so that the book is built without its weights."""
+    """Describe a Hub model in the cache, so that its traces are read without its weights."""
     if not of_hub(model):
         return
-    card = {
-        "source": model.source,
-        "fingerprint": model.fingerprint,
-        "precision": model.precision,
-        "latent_shape": list(model.latent_shape),
-        "image_size": model.image_size,
-        "scheduler_config": json.loads(json.dumps(model.scheduler_config, default=str)),
-    }
-    file = card_file(model.source)
-    file.parent.mkdir(exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(card, indent=1))
-    os.replace(partial, file)
+    file = _place("models", f"{model.source}.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole(file) as partial:
+        known = {name: getattr(model, name) for name in CARD}
+        partial.write_text(json.dumps(known, indent=1, default=str))
 
 
 def of_hub(model) -> bool:

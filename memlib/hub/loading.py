@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from memlib.errors import first_line, nearest
-from memlib.hub import checkpoints, names
-from memlib.hub.answers import CachedModel, RecordedModel, card_file
+from memlib.errors import ModelError, first_line, nearest
+from memlib.hub import names, weights
+from memlib.hub.answers import CachedModel, RecordedModel, card
+from memlib.hub.checkpoints import downloaded
 from memlib.hub.manifests import load_pairs
-from memlib.models import HALF, DiffusersModel, ExactModel, ModelError, quiet
+from memlib.models import HALF, DiffusersModel, ExactModel, quiet
 
 SPACINGS = ("leading", "trailing", "linspace")
+OF_ANY = ("name", "device")  # what can be said of any model
 
 
 def load(
@@ -59,57 +61,55 @@ def load(
     ImportError
         diffusers or transformers cannot be used here; the message says what they lack.
     """
-    if dtype not in (None, "float32", *HALF):
-        raise ModelError(f"unknown dtype {dtype!r}{nearest(dtype, ('float32', *HALF))}")
-    if timestep_spacing not in (None, *SPACINGS):
-        hint = nearest(timestep_spacing, SPACINGS)
-        raise ModelError(f"unknown timestep_spacing {timestep_spacing!r}{hint}")
-    recipe = {"name": str(Path(name).resolve()) if Path(name).exists() else str(name)}
-    recipe |= {"device": device, "dtype": dtype, "revision": revision, "vae": vae and str(vae)}
-    recipe |= {"config": config and str(config), "timestep_spacing": timestep_spacing}
+    for option, value, valid in (
+        ("dtype", dtype, ("float32", *HALF)), ("timestep_spacing", timestep_spacing, SPACINGS),
+    ):  # fmt: skip
+        if value not in (None, *valid):
+            raise ModelError(f"unknown {option} {value!r}{nearest(value, valid)}")
+    recipe = {
+        "name": str(Path(name).resolve()) if Path(name).exists() else str(name), "device": device,
+        "dtype": dtype, "revision": revision, "vae": vae and str(vae),
+        "config": config and str(config), "timestep_spacing": timestep_spacing,
+    }  # fmt: skip
     device = _device(device)
-    checkpoints.packages()
     if str(name) == "exact":
-        given = dict(dtype=dtype, revision=revision, vae=vae, config=config)
-        given |= {"timestep_spacing": timestep_spacing}
-        if said := [option for option, value in given.items() if value is not None]:
+        if said := sorted(k for k, v in recipe.items() if v is not None and k not in OF_ANY):
             raise ModelError(f"the exact model has no {said[0]}: it is computed, in float64")
         return _exact(recipe)
     known = names.checkpoint(str(name)) if str(name) != "lab" else None
-    whole = known is not None or Path(name).is_file()
-    if dtype is None:
-        dtype = "float16" if whole and torch.device(device).type == "cuda" else "float32"
-    source = _source(name, known, revision, vae)
-    if known:
-        known = names.at(known, revision)
-        known = replace(known, config=str(config)) if config else known
-        vae = vae or known.vae
-        card = _card(source)
-        if card and not checkpoints.downloaded(known):
-            return CachedModel(RecordedModel(card))
-        place = checkpoints.on_hub(known, half=dtype != "float32", own_vae=not vae)
-    elif revision:
+    if revision and not known:
         raise ModelError(f"a revision is for models of the Hub, and {name} is none")
-    else:
-        place = checkpoints.local(name, config)
-    fingerprint = place.fingerprint
-    network, mark = checkpoints.load_vae(vae) if vae else (None, "")
-    fingerprint += f" vae {mark}" if vae else ""
+    whole = device.startswith("cuda") and (known or Path(name).is_file())
+    dtype = dtype or ("float16" if whole else "float32")
+    half, source = dtype != "float32", _source(name, known, revision, vae)
+    where, advice = str(name), ""
     try:
-        pipe = checkpoints.pipeline(place, network, half=dtype != "float32")
+        if known:
+            known = names.at(known, revision)
+            known = replace(known, config=str(config)) if config else known
+            vae = vae or known.vae
+            if (found := card(source)) and not downloaded(known):
+                return CachedModel(RecordedModel(found))
+            place = weights.on_hub(known, half, own_vae=not vae)
+        else:
+            place = weights.local(name, config)
+        where = f"the VAE {vae}"
+        network, mark = weights.load_vae(vae) if vae else (None, "")
+        where = f"{name}: the copy in {place.path}" if known else place.path
+        advice = "; delete it to download it anew" if known else ""
+        pipe = weights.pipeline(place, network, half)
         for part in (pipe.unet, pipe.vae, pipe.text_encoder):
             kind = HALF.get(dtype, torch.float32) if part is pipe.unet else torch.float32
             torch.nn.Module.to(part, device, kind)
     except torch.OutOfMemoryError as error:
-        raise ModelError(f"{name} does not fit into the GPU's memory: {_memory()}") from error
+        free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
+        memory = f"{free:.1f} of {total:.1f} GiB are free"
+        raise ModelError(f"{name} does not fit into the GPU's memory: {memory}") from error
     except ModelError:
         raise
-    except checkpoints.BROKEN as error:
-        path = place.file or place.folder
-        where = f"{name}: the copy in {path}" if known else path
-        advice = "; delete it to download it anew" if known else ""
+    except weights.BROKEN as error:
         raise ModelError(f"{where} cannot be loaded: {first_line(error)}{advice}") from error
-    model = DiffusersModel(pipe, source, fingerprint, dtype)
+    model = DiffusersModel(pipe, source, place.fingerprint + (f" vae {mark}" if vae else ""), dtype)
     if timestep_spacing:
         model.scheduler_config["timestep_spacing"] = timestep_spacing
     model.recipe = recipe
@@ -141,26 +141,12 @@ def _source(name: str | Path, known, revision: str | None, vae) -> str:
 def _device(device: str | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ModelError(f"unknown device {device!r}: 'cuda', 'cuda:0', ... or 'cpu'") from error
-    if kind not in ("cpu", "cuda"):
-        raise ModelError(f"device {device!r}: inner products need float64, so 'cuda' or 'cpu'")
-    if kind == "cuda" and not torch.cuda.is_available():
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", device):
+        valid = "'cuda', 'cuda:0', ... or 'cpu'; inner products need float64"
+        raise ModelError(f"unknown device {device!r}: {valid}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device {device!r}: torch finds no GPU here; 'cpu' works, slowly")
     return device
-
-
-def _memory() -> str:
-    free, total = torch.cuda.mem_get_info()
-    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
-
-
-def _card(name: str) -> dict | None:
-    """What earlier runs, perhaps on another machine, left to know of a Hub model."""
-    file = card_file(name)
-    return json.loads(file.read_text()) if file.exists() else None
 
 
 @torch.no_grad()
@@ -168,9 +154,9 @@ def training_step(model: DiffusersModel, folder: str | Path) -> DiffusersModel:
     """The same pipeline with the U-Net and text encoder of an earlier training step."""
     folder = Path(folder)
     with quiet():
-        own = {n: checkpoints.load_part(folder / n, n) for n in ("unet", "text_encoder")}
+        own = {part: weights.load_part(folder / part, part) for part in ("unet", "text_encoder")}
     torch.nn.Module.to(own["text_encoder"], torch.float32)
     parts = model.pipe.components | own
     pipe = type(model.pipe)(**parts, requires_safety_checker=False).to(model.device)
-    name, fingerprint = f"{model.source}/{folder.name}", checkpoints.hash_files(folder)
+    name, fingerprint = f"{model.source}/{folder.name}", weights.hash_files(folder)
     return DiffusersModel(pipe, name, f"{model.fingerprint} {fingerprint}", model.precision)
