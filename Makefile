@@ -19,7 +19,7 @@ help: ## List the targets
 	@echo '  make book P="loss.draws=2" MODEL=./pipe    one chapter; the model of all chapters'
 
 book: .venv/installed ## Execute the chapters that changed and build the site in _build/html
-	@$(BIN)/python -m memlib.site.book --profile "$$PROFILE" --set "$$P" --model "$$MODEL"
+	@$(BIN)/python -m memlib.cli book --profile "$$PROFILE" --set "$$P" --model "$$MODEL"
 
 test: .venv/installed ## Run all tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile

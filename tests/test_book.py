@@ -1,6 +1,8 @@
-"""The driver, on a book of two tiny chapters."""
+"""The driver, on a book of two tiny chapters; what the real ones depend on."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ import nbformat
 import pytest
 from filelock import FileLock
 
-from memlib.site import book
+from memlib import cli
+from memlib.paths import ROOT
+from memlib.site import book, chapters, digest, notebooks, run
 
 FRONT = "---\nkernelspec: {name: python3, display_name: Python 3}\n---\n# A chapter\n\nProse.\n\n"
 CELL = "```{{code-cell}} ipython3\n{}\n```\n\n"
@@ -46,11 +50,21 @@ def root(tmp_path: Path) -> Path:
 
 def execute(root: Path, profile: str = "full", assignments: str = "") -> list[str]:
     """Names of the chapters that ran."""
-    chapters = book.read_chapters(root)
-    defaults = {name: book.parameters(name, notebook) for name, notebook in chapters.items()}
-    profiles = {"smoke": {"one": {"seeds": 2}}}
-    chosen = book.choose(defaults, profile, profiles, assignments, "")
-    return book.execute_chapters(root, profile, chapters, chosen)
+    read = chapters.read(root)
+    defaults = {name: chapters.parameters(name, notebook) for name, notebook in read.items()}
+    chosen = chapters.choose(defaults, profile, chapters.profiles(root), assignments, "")
+    return run.run_changed(root, root / "_build" / profile, read, chosen)
+
+
+@pytest.fixture
+def build(root, monkeypatch, capfd):
+    """`memlib book` in that folder: its status, what it printed, its errors."""
+    monkeypatch.setattr(cli, "ROOT", root)
+
+    def build(*arguments: str) -> tuple[int, str, str]:
+        return cli.main(["book", *arguments]), *capfd.readouterr()
+
+    return build
 
 
 def outputs(root: Path, name: str, profile: str = "full") -> str:
@@ -71,9 +85,9 @@ def outputs(root: Path, name: str, profile: str = "full") -> str:
         (["--set", "seeds='3"], "seeds='3", "quot"),
     ],
 )
-def test_a_wrong_name_or_value_is_refused_in_one_line(root, capfd, arguments, wrong, nearest):
-    assert book.main(["--root", str(root), *arguments]) == 1
-    out, err = capfd.readouterr()
+def test_a_wrong_name_or_value_is_refused_in_one_line(root, build, arguments, wrong, nearest):
+    status, out, err = build(*arguments)
+    assert status == 1
     assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -82,20 +96,19 @@ def test_a_wrong_name_or_value_is_refused_in_one_line(root, capfd, arguments, wr
     assert not (root / "_build").exists()
 
 
-def test_two_builds_of_one_profile_do_not_mix(root, capfd):
+def test_two_builds_of_one_profile_do_not_mix(root, build):
     (root / "_build/full").mkdir(parents=True)
     with FileLock(root / "_build/full/lock"):
-        assert book.main(["--root", str(root)]) == 1
-    err = capfd.readouterr().err
+        status, _, err = build()
+    assert status == 1
     assert err.startswith("error: ")
     assert "running" in err
     assert err.count("\n") == 1
 
 
-def test_a_profile_with_an_unknown_name_is_refused(root, capfd):
+def test_a_profile_with_an_unknown_name_is_refused(root, build):
     (root / "book/profiles.toml").write_text("[smoke]\none.sedes = 2\n")
-    assert book.main(["--root", str(root), "--profile", "smoke"]) == 1
-    assert "did you mean 'seeds'?" in capfd.readouterr().err
+    assert "did you mean 'seeds'?" in build("--profile", "smoke")[2]
 
 
 def test_only_what_changed_runs_again(root):
@@ -107,15 +120,102 @@ def test_only_what_changed_runs_again(root):
     assert outputs(root, "one") == "ran with 3 lab\n"
     assert execute(root, assignments="seeds=3 model=exact") == ["one", "two"]
     assert execute(root) == ["one", "two"]
-    (root / "memlib/sample.py").write_text("changed = True")
-    assert execute(root) == ["one", "two"]
+    assert execute(root) == []
+
+
+USES = "import memlib\nfrom memlib import plot\n\n\ndef f():\n    return memlib.reverse_trace\n"
+MODULES = {
+    "plot.py": "import memlib.prompts as p\n", "prompts.py": "X = 1\n", "gram.py": "X = 1\n",
+    "sampler.py": "def sample():\n    return 1\n", "errors.py": "X = 1\n",
+    "runs/tracing.py": "from memlib.runs import cost\n\n\ndef f():\n    import memlib.sampler\n",
+    "runs/cost.py": "X = 1\n", "hub/fetch.py": "X = 1\n",
+    "hub/loading.py": "from memlib import errors", "hub/names.py": "X = 1\n",
+}  # fmt: skip
+
+
+def test_a_chapter_depends_on_the_code_that_it_uses(root):
+    """Through public names and imports in functions, but not on what brings or keeps numbers."""
+    for name, text in MODULES.items():
+        (root / "memlib" / name).parent.mkdir(exist_ok=True)
+        (root / "memlib" / name).write_text(text)
+
+    def found(source: str) -> set[str]:
+        files = digest.modules(root, [digest.tree_of(source)])
+        return {file.removeprefix("memlib/") for file in files}
+
+    sampling = {"runs/tracing.py", "sampler.py"}
+    assert found(USES) == {"plot.py", "memlib.mplstyle", "prompts.py"} | sampling
+    assert found("import memlib as m\nm.cosine(m.load('lab'))") == {"gram.py"}
+    assert found("%matplotlib inline\nfrom memlib import cosine") == {"gram.py"}
+    assert found("from memlib.hub.names import X") == {"hub/names.py", "hub/checkpoints.toml"}
+    assert found("from memlib.hub import loading") == {"hub/loading.py", "errors.py"}
+    assert found("from memlib.runs import cost") == {"runs/cost.py"}
+    assert found("print('memlib.plot')") == found("x = (1") == set()
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A copy of this book's code, and a function: the chapters that an edit of a file changes."""
+    root = tmp_path_factory.mktemp("real")
+    for name in ("memlib", "book", "data/lab/SHA256SUMS", "data/bench.json", "_toc.yml"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, root / name)
+
+    def digests() -> dict[str, str]:
+        read = chapters.read(root)
+        return {name: digest.of_chapter(root, chapter, {}) for name, chapter in read.items()}
+
+    before = digests()
+
+    def changed(file: str, old: str, new: str) -> set[str]:
+        text = (root / file).read_text()
+        assert old in text
+        (root / file).write_text(text.replace(old, new, 1))
+        after = digests()
+        (root / file).write_text(text)
+        return {name for name in before if after[name] != before[name]}
+
+    return changed
+
+
+def using(*words: str) -> set[str]:
+    """Chapters that have one of these words in their code."""
+    found = set()
+    for name, chapter in chapters.read(ROOT).items():
+        text = "\n".join(cell.source for cell in chapter.cells if cell.cell_type == "code")
+        found |= {name for word in words if re.search(rf"\b{word}\b", text)}
+    return found
+
+
+def test_what_makes_no_numbers_runs_nothing(real):
+    """A comment, a downloader, prose."""
+    assert real("memlib/hub/fetch.py", "\nimport ", "\n# a comment\nimport ") == set()
+    assert real("memlib/hub/fetch.py", "\nimport ", "\nX = 1\nimport ") == set()
+    assert real("memlib/runs/store.py", "\nimport ", "\nX = 1\nimport ") == set()
+    assert real("memlib/sampler.py", "\nimport ", "\n# a comment\nimport ") == set()
+    assert real("book/loss.md", "\nimport numpy", "\n# a comment\nimport numpy") == set()
+    assert real("book/loss.md", "# ", "# More on ") == set()
+
+
+def test_a_changed_line_runs_the_chapters_that_use_it(real):
+    samples = using("reverse_trace", "forward_trace", "trajectories", "bench")
+    assert "stable-diffusion" not in samples
+    assert real("memlib/sampler.py", "in enumerate(", "in enumerate(1 * ") == samples
+    assert real("memlib/plot.py", "\nimport ", "\nX = 1\nimport ") == using("plot")
+    assert real("memlib/memlib.mplstyle", "\n", "\n\n") == using("plot")
+    assert real("memlib/claims.toml", "below = ", "below = 1") >= using("claims")
+    assert real("memlib/hub/checkpoints.toml", "title", "# a\ntitle") == using("CHECKPOINTS")
+    assert real("data/bench.json", " ", "  ") == using("bench")
+    assert real("book/loss.md", "\nimport numpy", "\nimport math\nimport numpy") == {"loss"}
+    assert real("data/lab/SHA256SUMS", "\n", "\n\n") == {*chapters.read(ROOT)}
 
 
 def test_new_prose_is_shown_with_the_outputs_at_hand(root):
     execute(root, assignments="seeds=3")
     (root / "book/one.md").write_text(ONE.replace("Prose.", "Better prose.") + "\nAnd an end.\n")
     assert execute(root, assignments="seeds=3") == []
-    folder = book.stage(root, "full", book.read_chapters(root))
+    folder = book.stage(root, root / "_build/full", chapters.read(root))
     page = nbformat.read(folder / "one.ipynb", as_version=4)
     text = [cell.source for cell in page.cells if cell.cell_type == "markdown"]
     assert "Better prose." in text[0]
@@ -147,16 +247,16 @@ def test_a_path_is_the_callers_and_its_chapter_always_runs(root, monkeypatch):
     assert execute(root, assignments="one.model=./pipe") == ["one"]
 
 
-def test_a_full_disk_is_one_line(root, monkeypatch, capfd):
+def test_a_full_disk_is_one_line(root, monkeypatch, build):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
-    assert book.main(["--root", str(root)]) == 1
-    err = capfd.readouterr().err
+    monkeypatch.setattr("memlib.files.os.replace", full)
+    status, _, err = build()
+    assert status == 1
     assert "No space left" in err
     assert err.count("\n") == 1
-    assert not list(root.rglob("*.tmp"))
+    assert not list(root.rglob("*.partial"))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +265,7 @@ def test_a_full_disk_is_one_line(root, monkeypatch, capfd):
 def test_a_failing_chapter_leaves_the_previous_result(root, draws, reason):
     execute(root)
     kept = {path: path.read_bytes() for path in (root / "_build").rglob("*") if path.is_file()}
-    with pytest.raises(book.BookError) as error:
+    with pytest.raises(chapters.BookError) as error:
         execute(root, assignments=f"draws={draws}")
     assert "chapter 'two'" in str(error.value)
     assert reason in str(error.value)
@@ -240,7 +340,7 @@ def test_a_chapter_without_its_figure_is_not_done(root):
     assert execute(root) == []
     before = path.read_bytes()
     (root / "book/one.md").write_text(PLOT.replace("CLOSED", "True"))
-    with pytest.raises(book.BookError, match=r"^chapter 'one': .* 'fig-one' left no picture$"):
+    with pytest.raises(chapters.BookError, match=r"^chapter 'one': .* 'fig-one' left no picture$"):
         execute(root)
     assert path.read_bytes() == before
 
@@ -258,9 +358,8 @@ def test_colab_needs_an_address(root, remote, expected):
     subprocess.run(["git", "init", "-q", root], check=True)
     if remote:
         subprocess.run(["git", "-C", root, "remote", "add", "origin", remote], check=True)
-    assert book.repository(root) == expected
-    chapters = book.read_chapters(root)
-    book.write_notebooks(root, chapters, root / "notebooks")
+    assert notebooks.repository(root) == expected
+    notebooks.write(root, chapters.read(root), root / "notebooks")
     cells = json.loads((root / "notebooks/one.ipynb").read_text())["cells"]
     assert not any(cell.get("outputs") for cell in cells)
     assert bool(expected) == ("git clone" in "".join(cells[0]["source"]))
@@ -268,7 +367,7 @@ def test_colab_needs_an_address(root, remote, expected):
 
 def test_colab_offers_the_sizes_of_a_small_gpu(root):
     (root / "book/profiles.toml").write_text("[t4]\none.model = 'sd14'\none.seeds = 4\n")
-    book.write_notebooks(root, book.read_chapters(root), root / "notebooks")
+    notebooks.write(root, chapters.read(root), root / "notebooks")
     cells = json.loads((root / "notebooks/one.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells]
     place = next(i for i, text in enumerate(sources) if text.startswith("seeds: int = 10"))
@@ -281,16 +380,15 @@ def test_another_model_brings_its_list():
     """Stable Diffusion for every chapter but the lab's; what the command line says comes last."""
     known = {"model": "lab", "pairs": "lab"}
     defaults = {"lab": known, "loss": known, "cost": {"seeds": 3}}
-    chosen = book.choose(defaults, "full", {}, "", "sd14")
+    chosen = chapters.choose(defaults, "full", {}, "", "sd14")
     assert chosen == {"lab": {}, "loss": {"model": "sd14", "pairs": "webster-sd14"}, "cost": {}}
-    chosen = book.choose(defaults, "full", {}, "pairs=mine.csv", "sd21")
+    chosen = chapters.choose(defaults, "full", {}, "pairs=mine.csv", "sd21")
     assert chosen["loss"] == {"model": "sd21", "pairs": "mine.csv"}
     names = {"sd21-base": "sd21", "realvis14": "realvis", "realvis20": "realvis"}
     for name, webster in (names | {"realvis": "realvis"}).items():
-        chosen = book.choose(defaults, "full", {}, "", name)
+        chosen = chapters.choose(defaults, "full", {}, "", name)
         assert chosen["loss"] == {"model": name, "pairs": f"webster-{webster}"}
-    assert book.webster("sd21-bas") == ""
-    chosen = book.choose(defaults, "full", {}, "", "owner/name")
+    chosen = chapters.choose(defaults, "full", {}, "", "owner/name")
     assert chosen["loss"] == {"model": "owner/name"}
-    chosen = book.choose(defaults, "full", {}, "", "exact")
+    chosen = chapters.choose(defaults, "full", {}, "", "exact")
     assert chosen["lab"] == {"model": "exact"}

@@ -546,12 +546,14 @@ def test_a_book_travels(hub, tmp_path):
     ).to_csv(tmp_path / "pairs.csv", index=False)
     script = f"""
 import json, pathlib
-from memlib.site import book
-chapters = book.read_chapters(book.ROOT)
-defaults = {{name: book.parameters(name, chapters[name]) for name in {CHAPTERS}}}
-chosen = book.choose(defaults, "full", {{}}, "{SIZES} pairs={tmp_path / "pairs.csv"}", "some/model")
+from memlib.paths import ROOT
+from memlib.site import chapters, run
+read = chapters.read(ROOT)
+defaults = {{name: chapters.parameters(name, read[name]) for name in {CHAPTERS}}}
+sizes = "{SIZES} pairs={tmp_path / "pairs.csv"}"
+chosen = chapters.choose(defaults, "full", {{}}, sizes, "some/model")
 for name in defaults:
-    book.execute(name, chapters[name], chosen[name], pathlib.Path("{tmp_path / "made"}"))
+    run.execute(name, read[name], chosen[name], pathlib.Path("{tmp_path / "made"}"))
 """
 
     def results() -> dict:

@@ -15,7 +15,7 @@ import xarray as xr
 from scipy import stats
 
 from memlib import claims
-from memlib.site import book
+from memlib.site import ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,7 +93,7 @@ def test_a_row_is_kept_and_replaced(tmp_path, monkeypatch, numbers):
     claims.judge("overestimated", trace_of(), np.median, numbers + 3)
     claims.judge("overestimated", trace_of("ddpm", "./my/pipe"), np.median, numbers)
     claims.judge("loss-identity", trace_of("none", direction="forward"), np.max, numbers)
-    table = book.read()
+    table = ledger.read()
     assert list(table.claim) == ["loss-identity", "overestimated", "overestimated"]
     assert list(table.model) == ["lab", "lab", "pipe"]
     assert list(table.sampler) == ["any", "ddim", "ddpm"]
@@ -110,7 +110,7 @@ def test_rows_of_another_score_stand_beside(tmp_path, monkeypatch, numbers):
     for shift, score in enumerate(("sscd", "sscd-large288")):
         for name in ("guidance-needed", "overestimated"):
             claims.judge(name, trace_of(score=score), np.median, numbers + shift)
-    table = book.read()
+    table = ledger.read()
     assert list(table.claim) == ["overestimated", "guidance-needed", "guidance-needed"]
     assert list(table.measure) == ["", "sscd", "sscd-large288"]
     assert list(table.measure_sha256) == ["", "9f26" * 3, "9f26" * 3]
@@ -118,7 +118,7 @@ def test_rows_of_another_score_stand_beside(tmp_path, monkeypatch, numbers):
     assert list(claims.table(table.to_dict("records")).score) == ["", "sscd", "sscd-large288"]
     assert "score" not in claims.table(table.to_dict("records")[:1])
     claims.judge("guidance-needed", trace_of(), np.median, numbers[:0])
-    assert list(book.read().measure) == ["", "sscd-large288"]
+    assert list(ledger.read().measure) == ["", "sscd-large288"]
 
 
 @pytest.mark.parametrize("name", claims.CLAIMS)
@@ -132,7 +132,7 @@ def test_rows_of_earlier_versions_are_read(tmp_path):
     old = [row("guidance-needed", "realvis", fingerprint=f"{REALVIS}@{'c' * 40}"), row()]
     old += [row(model="realvis", sampler="ddpm")]
     ledger_of(tmp_path, [{k: r[k] for k in r if k not in ("measure", "precision")} for r in old])
-    table = book.read(tmp_path / "results").set_index(["claim", "model"])
+    table = ledger.read(tmp_path / "results").set_index(["claim", "model"])
     assert table.measure["guidance-needed", "realvis14"] == "sscd"
     assert table.measure["overestimated", "lab"] == ""
     assert ("overestimated", "realvis") in table.index
@@ -152,22 +152,22 @@ def test_what_is_in_a_fingerprint_is_kept(tmp_path, monkeypatch, numbers):
         trace = trace_of(model=model)
         trace.attrs["fingerprint"] = fingerprint
         claims.judge("overestimated", trace, np.median, numbers)
-    found = book.read()
+    found = ledger.read()
     assert dict(zip(found.model, found.fingerprint, strict=True)) == {
         "lab": "a" * 12, "./lab": f"{'b' * 12} vae {'c' * 12}", "./sd14": "d" * 12,
         "realvis14": f"{REALVIS}@{'e' * 40} {FILE}",
     }  # fmt: skip
-    titles = [book.build_of(row)[0] for row in book.read_rows(claims.CLAIMS, claims.RESULTS)]
+    titles = [ledger.build_of(row)[0] for row in ledger.read_rows()]
     assert titles == ["the lab", "./lab", "./sd14", "Realistic Vision V1.4"]
 
 
 def test_a_group_without_prompts_leaves_no_row(tmp_path, monkeypatch, numbers):
     monkeypatch.chdir(tmp_path)
     claims.judge("converge-earlier", trace_of(), claims.ratio, numbers, numbers)
-    assert len(book.read()) == 1
+    assert len(ledger.read()) == 1
     row = claims.judge("converge-earlier", trace_of(), claims.ratio, numbers, numbers[:0])
     assert row is None
-    assert book.read().empty
+    assert ledger.read().empty
     assert claims.table([row]).empty
 
 
@@ -197,7 +197,7 @@ def ledger_of(tmp_path, rows):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(row))
     (tmp_path / "stage/_static").mkdir(parents=True)
-    book.write_ledger(ROOT, tmp_path / "results", tmp_path / "stage")
+    ledger.write_pages(tmp_path / "results", tmp_path / "stage")
     return [(tmp_path / "stage" / n).read_text() for n in ("_matrix.md", "_ledger.md")]
 
 
@@ -311,7 +311,7 @@ def test_of_two_rows_of_one_cell_the_later_is_shown(tmp_path):
     for newest in range(2):
         for number, file in enumerate(files):
             os.utime(file, (number == newest, number == newest))
-        book.write_ledger(ROOT, tmp_path / "results", tmp_path / "stage")
+        ledger.write_pages(tmp_path / "results", tmp_path / "stage")
         matrix = (tmp_path / "stage/_matrix.md").read_text()
         shown = "3" if "realvis/" in str(files[newest]) else "6.9"
         assert re.findall(r"<small>([\d.]+)</small>", matrix) == [shown]

@@ -14,7 +14,8 @@ import xarray as xr
 
 import memlib
 from memlib import claims, prompts
-from memlib.site import book, chapter
+from memlib.paths import ROOT
+from memlib.site import chapter, chapters, ledger, run
 
 SIZES = "every=1 steps=4 seeds=2 ddpm_seeds=2 draws=1 timesteps=(940,) unguided_seeds=1 "
 SIZES += "checkpoint_draws=1 scales=(3,) sweep_every=2 sweep_seeds=1 uncaptioned=2 many=4 "
@@ -43,15 +44,15 @@ def ran(tmp_path_factory):
     """Where the chapters ran, and what each of them glued."""
     folder = tmp_path_factory.mktemp("list")
     stand_in().to_csv(folder / "pairs.csv", index=False)
-    chapters = book.read_chapters(book.ROOT)
-    defaults = {name: book.parameters(name, notebook) for name, notebook in chapters.items()}
+    read = chapters.read(ROOT)
+    defaults = {name: chapters.parameters(name, notebook) for name, notebook in read.items()}
     assignments = f"{SIZES} pairs={folder / 'pairs.csv'}"
-    chosen = book.choose(defaults, "smoke", {"smoke": {}}, assignments, "")
+    chosen = chapters.choose(defaults, "smoke", {"smoke": {}}, assignments, "")
     glued = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMLIB_CACHE", str(folder / "traces"))
-        for name in (name for name in chapters if name != "lab"):
-            made = json.loads(book.execute(name, chapters[name], chosen[name], folder))
+        for name in (name for name in read if name != "lab"):
+            made = json.loads(run.execute(name, read[name], chosen[name], folder))
             outputs = [out for cell in made["cells"] for out in cell.get("outputs", [])]
             glued[name] = {
                 out["metadata"]["scrapbook"]["name"]: "".join(
@@ -65,7 +66,7 @@ def ran(tmp_path_factory):
 
 def test_the_chapters_settle_their_claims_on_a_list(ran):
     folder, _ = ran
-    rows = book.read(folder / "work/results")
+    rows = ledger.read(folder / "work/results")
     assert set(CORE) <= set(rows.claim)
     assert not set(claims.CLAIMS) - set(rows.claim)
     core = rows[rows.claim.isin(CORE)]

@@ -13,11 +13,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from sphinx_external_toc.parsing import parse_toc_yaml
 
 from memlib import claims
-from memlib.site import book
+from memlib.paths import ROOT
+from memlib.site import book, chapters, ledger
 
-EXPECTED = tomllib.loads((book.ROOT / "tests/verdicts.toml").read_text())
+PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
+EXPECTED = tomllib.loads((ROOT / "tests/verdicts.toml").read_text())
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
 FLAGS = "headless no-sandbox disable-gpu disable-background-networking disable-component-update"
@@ -47,7 +50,7 @@ maths.then(() => setTimeout(done, 100));
 
 @pytest.fixture(scope="session")
 def site() -> Path:
-    return book.build(book.ROOT, "smoke")
+    return book.build(ROOT, "smoke")
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +105,7 @@ def problems(browser, page: Path, width: int = 1280, scheme: str = "light") -> l
     return found
 
 
-@pytest.mark.parametrize("page", book.toc_pages(book.ROOT))
+@pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
 def test_a_page_reads_well(site, browser, page, width, scheme):
     assert problems(browser, site / f"{page}.html", width, scheme) == []
@@ -111,7 +114,7 @@ def test_a_page_reads_well(site, browser, page, width, scheme):
 def test_the_pages_have_formulas_and_figures(site, browser):
     """So that the test above looks at something."""
     formulas = figures = 0
-    for page in book.read_chapters(book.ROOT):
+    for page in chapters.read(ROOT):
         problems(browser, site / f"{page}.html")
         formulas += len(browser.find_elements("css selector", "mjx-container svg"))
         figures += len(browser.find_elements("css selector", "article figure img"))
@@ -122,7 +125,7 @@ def test_the_pages_have_formulas_and_figures(site, browser):
 def test_pages_can_be_reached_and_searched(site, browser):
     browser.get((site / "index.html").as_uri())
     links = browser.execute_script("return [...document.links].map(a => a.href.split('#')[0])")
-    for page in book.toc_pages(book.ROOT):
+    for page in PAGES:
         assert (site / f"{page}.html").as_uri() in links
     browser.get((site / "search.html").as_uri() + "?q=guidance")
     browser.execute_async_script("setTimeout(arguments[0], 1500)")
@@ -130,7 +133,7 @@ def test_pages_can_be_reached_and_searched(site, browser):
 
 
 def test_each_chapter_has_a_description_and_a_notebook_to_run(site):
-    for page in book.read_chapters(book.ROOT):
+    for page in chapters.read(ROOT):
         assert 'name="description"' in (site / f"{page}.html").read_text(), page
         notebook = json.loads((site / f"notebooks/{page}.ipynb").read_text())
         assert not any(cell.get("outputs") for cell in notebook["cells"])
@@ -139,7 +142,7 @@ def test_each_chapter_has_a_description_and_a_notebook_to_run(site):
 def test_the_chapters_repeat_their_own_results(site):
     """nbval runs the executed notebooks again, from the cache of traces, and compares tables."""
     executed = sorted((site.parent / "executed").glob("*.ipynb"))
-    assert len(executed) == len(book.read_chapters(book.ROOT))
+    assert len(executed) == len(chapters.read(ROOT))
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider",
          "--nbval-lax", "--nbval-current-env", *executed],
@@ -162,8 +165,8 @@ def test_every_verdict_links_to_a_figure_that_is_there(site):
 
 def flips(profile: str) -> list[str]:
     """Claims whose verdict on the lab is not the expected one."""
-    book.build(book.ROOT, profile)
-    table = book.read(book.ROOT / "_build" / profile / "work" / "results")
+    book.build(ROOT, profile)
+    table = ledger.read(ROOT / "_build" / profile / "work" / "results")
     table = table[(table.model == "lab") & table.measure.isin(["", "sscd"])]
     found = {(r.claim, r.sampler): r.verdict for r in table.itertuples()}
     wanted = {(c, s): v for c, row in EXPECTED[profile].items() for s, v in row.items()}
@@ -190,7 +193,7 @@ def test_a_flip_is_named(monkeypatch):
 
 
 def test_nothing_private_is_in_the_site(site):
-    private = [str(book.ROOT), str(Path.home())]
+    private = [str(ROOT), str(Path.home())]
     for path in site.rglob("*"):
         if path.suffix in (".html", ".js", ".ipynb", ".md"):
             text = path.read_text(errors="replace")

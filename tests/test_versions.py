@@ -79,12 +79,12 @@ def test_the_oldest_versions_give_the_same_numbers(aged, tmp_path):
 
 
 CHAPTER = """
-import tomllib
-from memlib.site import book
+from memlib.paths import ROOT
+from memlib.site import chapters, run
 
-chapters = {"severity": book.read_chapters(book.ROOT)["severity"]}
-sizes = tomllib.loads((book.ROOT / "book/profiles.toml").read_text())["smoke"]["severity"]
-print(book.execute_chapters(book.ROOT, "smoke", chapters, {"severity": sizes}))
+read = {"severity": chapters.read(ROOT)["severity"]}
+sizes = chapters.profiles(ROOT)["smoke"]["severity"]
+print(run.run_changed(ROOT, ROOT / "_build/smoke", read, {"severity": sizes}))
 """
 
 

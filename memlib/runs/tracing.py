@@ -382,11 +382,13 @@ def forward_trace(
 def progress_bar(total: int, name: str, progress: bool) -> tqdm:
     """A progress bar on a terminal, nothing elsewhere.
 
-    A kernel has no terminal: the book's driver names a file and shows what is written there.
+    A kernel has no terminal: the book's driver lends it its own, by name.
     """
     file = os.environ.get("MEMLIB_PROGRESS") if progress else None
     if file:
-        return tqdm(total=total, desc=name, unit="image", ncols=70, file=open(file, "w"))
+        return tqdm(
+            total=total, desc=name, unit="image", ncols=70, leave=False, file=open(file, "w")
+        )
     return tqdm(total=total, desc=name, unit="image", disable=None if progress else True)
 
 

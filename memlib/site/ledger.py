@@ -1,0 +1,129 @@
+"""The ledger's pages: what the chapters left in their results folder, as matrix, list and CSV."""
+
+import json
+import re
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+
+from memlib.claims import CLAIMS, RESULTS
+from memlib.hub.names import ALIASES, CHECKPOINTS
+from memlib.paths import ROOT
+
+TITLES = {"lab": "the lab"} | {name: c.title for name, c in CHECKPOINTS.items()}
+PAPER = ("sd14", "sd21", "sd21-base", "realvis14", "realvis20")  # what the paper may mean
+WORDS = {
+    "claims": CLAIMS,
+    "samplers": {"ddim": "DDIM", "ddpm": "DDPM"},
+    "signs": {"holds": "✓", "does not hold": "✗", "not decided": "?"},
+    "units": {"seed": "seed", "draw": "noise", "step": "state"},
+}
+COLUMNS = (
+    "claim model checkpoint fingerprint precision sampler measure measure_sha256 value low high "
+    "verdict prompts seeds draws states guidance versions"
+)
+
+
+class Build(NamedTuple):
+    """Which model a row is of, exactly."""
+
+    title: str  # follows the repository, whatever name a row has; a folder has its own
+    origin: str
+    precision: str
+
+
+def read_rows(folder: str | Path = RESULTS) -> list[dict]:
+    """All rows of a results folder, the oldest first; what earlier versions left out filled in."""
+    files = sorted(Path(folder).glob("*/*/*.json"), key=lambda f: (f.stat().st_mtime_ns, f))
+    rows = [row for file in files if (row := json.loads(file.read_text()))["claim"] in CLAIMS]
+    for row in rows:
+        if "@" in row["fingerprint"].split()[0]:  # of the Hub, and no folder that is called so
+            row["model"] = ALIASES.get(row["model"], row["model"])
+        row.setdefault("measure", "sscd" if CLAIMS[row["claim"]].get("score") else "")
+        row.setdefault("measure_sha256", "")
+        row.setdefault("precision", "")
+    return rows
+
+
+def in_order(rows: list[dict]) -> list[dict]:
+    return sorted(rows, key=lambda row: (list(CLAIMS).index(row["claim"]), row["model"]))
+
+
+def read(folder: str | Path = RESULTS) -> pd.DataFrame:
+    """All rows that runs have left in a results folder, in the order of the ledger."""
+    return pd.DataFrame(in_order(read_rows(folder)))
+
+
+def build_of(row: dict) -> Build:
+    origin, name = row["fingerprint"], row["model"]
+    titles = [c.title for c in CHECKPOINTS.values() if origin.startswith(f"{c.repository}@")]
+    if not titles and (name == "lab" or "@" in origin.split()[0]):
+        titles = [TITLES.get(name, name)]
+    return Build((titles or [name])[0], origin, row["precision"])
+
+
+def note_on(build: Build, titles: list[str]) -> str:
+    """What tells a build from others of its title: commit, VAE, precision; '' if none has to."""
+    if "@" not in build.origin and titles.count(build.title) < 2:
+        return ""
+    text = re.sub(r" [^@]*\.safetensors config \w+", "", build.origin)
+    text = re.sub(r"[\w./-]+@([\w.-]{1,8})[\w.@-]*", r"@\1", text).replace(" vae ", ", VAE ")
+    return f"{text}, {build.precision}" if build.precision else text
+
+
+def write_pages(results: Path, folder: Path) -> None:
+    """Write the rows of a results folder as ``_matrix.md``, ``_ledger.md`` and ``results.csv``.
+
+    A column of the matrix is of one model, to the commit, the VAE and the precision; a line is of
+    one claim and, where the number depends on it, of one score. The latest row is shown.
+    """
+    rows, rank = read_rows(results), {title: n for n, title in enumerate(TITLES.values())}
+    builds = dict.fromkeys(map(build_of, rows))
+    if not any(build.title == TITLES["lab"] for build in builds):
+        builds[Build(TITLES["lab"], "", "")] = None
+    builds = sorted(builds, key=lambda build: rank.get(build.title, len(rank)))
+    titles = [build.title for build in builds]
+    notes = {build: note_on(build, titles) for build in builds}
+    latest = {(r["claim"], r["measure"], build_of(r), r["sampler"]): r for r in rows}
+    scores = {
+        name: sorted(
+            {row["measure"] for row in rows if row["claim"] == name}
+            or {"sscd" if claim.get("score") else ""}
+        )
+        for name, claim in CLAIMS.items()
+    }
+
+    def pair(*cell) -> list[dict | None]:
+        """Rows of both samplers; one without a sampler stands for both."""
+        return [latest.get((*cell, s), latest.get((*cell, "any"))) for s in WORDS["samplers"]]
+
+    def found(name: str) -> list[tuple[dict, Build]]:
+        every = [(r, b) for s in scores[name] for b in builds for r in pair(name, s, b) if r]
+        return list({id(row): (row, build) for row, build in every}.values())
+
+    templates = Environment(
+        loader=FileSystemLoader(ROOT / "book/_ext"), trim_blocks=True, keep_trailing_newline=True
+    )
+    templates.filters["e"] = escape
+    missing = [TITLES[name] for name in PAPER if TITLES[name] not in titles]
+    values = dict(notes=notes, scores=scores, pair=pair, found=found, missing=missing) | WORDS
+    for name in ("matrix", "ledger"):
+        text = templates.get_template(f"{name}.md").render(values)
+        (folder / f"_{name}.md").write_text(text)
+    (folder / "_static").mkdir(exist_ok=True)
+    table = pd.DataFrame(map(flat, in_order(rows)), columns=COLUMNS.split())
+    table.to_csv(folder / "_static/results.csv", index=False, lineterminator="\n")
+
+
+def flat(row: dict) -> dict:
+    """A row of the CSV file: no lists, no commas."""
+    sizes, versions = row["sizes"], row["versions"].items()
+    return row | {key: f"{row[key]:.6g}" for key in ("value", "low", "high")} | {
+        "checkpoint": build_of(row).title, "prompts": "+".join(map(str, row["prompts"])),
+        "seeds": sizes.get("seed", ""), "draws": sizes.get("draw", ""),
+        "states": sizes.get("step", ""), "guidance": json.dumps(row["guidance"]).replace(",", " "),
+        "versions": "; ".join(f"{name} {version}" for name, version in versions),
+    }  # fmt: skip

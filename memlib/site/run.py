@@ -1,0 +1,144 @@
+"""Chapters are executed by papermill, each in a fresh kernel; what is unchanged is kept."""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import jupytext
+import nbformat
+import papermill
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
+from nbclient.exceptions import DeadKernelError
+from nbformat import NotebookNode
+from traitlets.config import Config
+
+from memlib.files import whole
+from memlib.site import digest
+from memlib.site.chapters import BookError, tagged
+
+
+def run_changed(root: Path, build: Path, chapters: dict, chosen: dict) -> list[str]:
+    """Run the chapters whose digest changed, one after the other; return their names.
+
+    A chapter on a model or manifest of the reader's own always runs: only the cache of traces
+    can tell whether its data changed.
+    """
+    executed, again = [], ""
+    with contextlib.suppress(OSError, AttributeError):  # stdout is no terminal, or no Unix one
+        os.environ["MEMLIB_PROGRESS"] = os.ttyname(sys.stdout.fileno())
+        again = "\r"  # a kernel's progress bar has been where the title was
+    (build / "executed").mkdir(parents=True, exist_ok=True)
+    for number, (name, notebook) in enumerate(chapters.items(), start=1):
+        outside = place_paths(chosen[name], build / "work")
+        wanted = digest.of_chapter(root, notebook, chosen[name])
+        record = build / "executed" / f"{name}.json"
+        known = record.exists() and json.loads(record.read_text())["digest"] == wanted
+        if known and not outside:
+            kept = nbformat.read(record.with_suffix(".ipynb"), as_version=4)
+            if not missing_figure(notebook, kept):
+                continue
+        start, title = time.monotonic(), f"[{number}/{len(chapters)}] {name} … "
+        print(title, end="", flush=True)
+        try:
+            text = execute(name, notebook, chosen[name], build)
+        except BookError:
+            print("failed", flush=True)
+            raise
+        seconds = round(time.monotonic() - start, 1)
+        print(f"{again and again + title}{seconds} s", flush=True)
+        record.unlink(missing_ok=True)  # no moment at which it speaks of another notebook
+        with whole(record.with_suffix(".ipynb")) as partial:
+            partial.write_text(text)
+        with whole(record) as partial:
+            partial.write_text(json.dumps({"digest": wanted, "seconds": seconds}))
+        executed.append(name)
+    return executed
+
+
+def place_paths(values: dict, work: Path) -> bool:
+    """Rewrite paths given from this folder as seen from a kernel's; whether there are any.
+
+    A bare word (``lab``) is a name, a path has a slash or an ending.
+    """
+    found = False
+    for name in {"model", "pairs"} & values.keys():
+        path = Path(values[name])
+        if ("/" in values[name] or path.suffix) and path.exists():
+            values[name] = os.path.relpath(path.resolve(), work.resolve())
+            found = True
+    return found
+
+
+def execute(name: str, notebook: NotebookNode, chosen: dict, build: Path) -> str:
+    """Run one chapter; return the notebook as text, without times and host names.
+
+    Its kernel is this very Python with its packages, and shows figures inline: a user's
+    kernelspecs, matplotlibrc, IPython profile and startup file do not reach it.
+    """
+    log, work = build / f"{name}.traceback.txt", build / "work"
+    log.unlink(missing_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    as_ipynb = nbformat.reads(jupytext.writes(notebook, fmt="ipynb"), as_version=4)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            environment = {
+                "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+                "MATPLOTLIBRC": os.devnull,  # matplotlib's defaults, on which memlib.mplstyle goes
+                "IPYTHONDIR": scratch,
+                "PYTHONSTARTUP": "",
+            }
+            own = {"kernel_spec": KernelSpec(**get_kernel_dict(), env=environment)}
+            result = papermill.execute_notebook(
+                as_ipynb, None, parameters=chosen, cwd=work, progress_bar=False,
+                kernel_name="python3", language="python",  # asked for, not looked up
+                kernel_manager_class=type("OwnKernel", (AsyncKernelManager,), own),
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+                config=Config({"KernelManager": {"transport_encryption": "required"}}),
+            )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        log.write_text(click.unstyle("\n".join(error.traceback)) + "\n")
+        sources = [cell.source for cell in code_cells(notebook)]
+        cell, first = sources.index(error.source) + 1, error.source.strip().splitlines()[0]
+        reason = (error.evalue.strip().splitlines() or [""])[-1]
+        raise BookError(
+            f"chapter {name!r} failed in code cell {cell} ({first!r}): {error.ename}: {reason}"
+            f" · traceback in {os.path.relpath(log)}"
+        ) from None
+    except DeadKernelError:
+        raise BookError(f"chapter {name!r}: the kernel died (out of memory?)") from None
+    if figure := missing_figure(notebook, result):
+        raise BookError(f"chapter {name!r}: the cell of figure {figure!r} left no picture")
+    del result.metadata["papermill"]
+    for cell in result.cells:
+        for key in ("execution", "papermill"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":  # warnings name this machine's folders
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        if tagged(cell, "injected-parameters"):
+            cell["id"] = "injected-parameters"
+            cell.metadata.tags.append("hide-input")
+            cell.metadata["mystnb"] = {"code_prompt_show": "Show the parameters of this run"}
+    return nbformat.writes(result) + "\n"
+
+
+def code_cells(notebook: NotebookNode, injected: bool = False) -> list[NotebookNode]:
+    """The chapter's own code cells, or those that papermill put in."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell for cell in cells if tagged(cell, "injected-parameters") == injected]
+
+
+def missing_figure(notebook: NotebookNode, executed: NotebookNode) -> str:
+    """The first figure of a chapter of which its run left no picture; '' if all are there."""
+    for cell, made in zip(code_cells(notebook), code_cells(executed), strict=True):
+        figure = cell.metadata.get("mystnb", {}).get("figure")
+        kinds = [kind for output in made.outputs for kind in output.get("data", {})]
+        if figure and not any(kind.startswith("image/") for kind in kinds):
+            return figure.get("name", "without a name")
+    return ""
