@@ -18,6 +18,7 @@ from memlib.hub import pictures
 from memlib.models import ModelError
 from memlib.paths import LAB, cache_folder
 from memlib.prompts import PairsError
+from memlib.runs.commands import write_table
 
 
 def one_line(error, pattern):
@@ -607,12 +608,12 @@ def test_a_table_goes_where_it_is_told(tmp_path):
     real.write_text("old")
     (tmp_path / "out.partial").write_text("mine")
     link.symlink_to(real)
-    cli.write_table(table, link.resolve())
+    write_table(table, link.resolve())
     assert real.read_text() == "prompt_id,D1\na,0.5\n"
     assert link.is_symlink()
     os.mkfifo(tmp_path / "pipe")
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True)
-    cli.write_table(table, tmp_path / "pipe")
+    write_table(table, tmp_path / "pipe")
     assert reader.communicate()[0] == real.read_text()
     assert not (tmp_path / "pipe").is_file()
     names = {"real.csv", "out.csv", "out.partial", "pipe"}

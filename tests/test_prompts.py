@@ -20,8 +20,10 @@ import memlib
 from memlib import cli, measures
 from memlib.hub import lists, pictures
 from memlib.hub.checkpoints import VAE_REVISION
+from memlib.hub.commands import addresses
 from memlib.hub.names import CHECKPOINTS
 from memlib.prompts import PairsError
+from memlib.runs.commands import default_pairs
 
 LAB = memlib.load_pairs("lab").query("kind == 'planted'").reset_index(drop=True)
 
@@ -519,7 +521,7 @@ def test_fetching_from_a_folder(webster, tmp_path, capsys):
         archive.write(LAB.image[1], "x/41.png")
     assert cli.main(["fetch", "webster-sd14", "--images", str(pack)]) == 0
     assert "5 prompts, 2 with an image" in capsys.readouterr().out
-    table = cli.addresses(lists.list_file("webster-sd14"))
+    table = addresses(lists.list_file("webster-sd14"))
     assert list(table.url) == [["http://a/1", "http://b/1"], ["http://a/2"], ["http://a/3"],
                                ["http://a/1", "http://b/4"], []]  # fmt: skip
 
@@ -676,4 +678,4 @@ def test_help_lists_every_model(capsys):
 def test_a_model_brings_its_list():
     names = {"sd14": "webster-sd14", "sd21-base": "webster-sd21", "realvis": "webster-realvis",
              "realvis20": "webster-realvis", "lab": "lab", "a/b": "lab"}  # fmt: skip
-    assert {name: cli.default_pairs(name) for name in names} == names
+    assert {name: default_pairs(name) for name in names} == names

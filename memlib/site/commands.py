@@ -1,0 +1,11 @@
+"""``memlib book``: execute the chapters that changed and build the site."""
+
+import os
+
+from memlib.paths import ROOT
+from memlib.site.book import build
+
+
+def book(options) -> None:
+    site = build(ROOT, options.profile, options.set, options.model or "")
+    print(os.path.relpath(site / "index.html"))
