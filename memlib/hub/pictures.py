@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import tarfile
-import threading
 import warnings
 import zipfile
 from collections import defaultdict
@@ -29,8 +28,6 @@ BESIDE = (".json", ".txt")  # of these endings is what says whose a picture is
 PACKS = (".tar", ".tar.gz", ".tgz", ".zip", ".parquet")
 SET_ASIDE = "set-aside"  # a folder of placeholders beside downloaded pictures
 SHARED = "a placeholder: the same picture came for "
-
-DECODING = threading.Lock()  # one image at a time: 80 megapixels are 240 MB
 
 
 def pictures_below(folder: Path) -> list[Path]:
@@ -278,9 +275,9 @@ def unpack(archive: Path, folder: Path, max_bytes: int = 30_000_000) -> int:
     return count
 
 
-def check_image(path: str | Path, min_side: int = 64, max_pixels: int = 80_000_000) -> str | None:
+def check_image(path: str | Path, min_side: int = 64) -> str | None:
     """Why a file is not used as a training image, in one line; None where it can be."""
-    return look_at(Path(path), min_side, max_pixels).reason
+    return look_at(Path(path), min_side).reason
 
 
 class Look(NamedTuple):
@@ -290,7 +287,7 @@ class Look(NamedTuple):
     decoded: bool = False
 
 
-def look_at(path: Path, min_side: int, max_pixels: int) -> Look:
+def look_at(path: Path, min_side: int = 64) -> Look:
     """What a file is, by its content and never by its name."""
     if not path.is_file():
         return Look("no such file")
@@ -299,20 +296,18 @@ def look_at(path: Path, min_side: int, max_pixels: int) -> Look:
     kind = next((k for k, (m, _) in FORMATS.items() if re.match(m, head, re.DOTALL)), None)
     if kind is None:
         return Look(_what(head))
+    if kind not in readable():
+        return Look(f"an {kind} picture, which this Pillow cannot read: it needs a newer one")
     suffix, size = FORMATS[kind][1][0], (0, 0)
-    with DECODING, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if kind not in readable():
-            return Look(f"an {kind} picture, which this Pillow cannot read: it needs a newer one")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(path, formats=[kind]) as image:
                 size = image.size
-                if size[0] * size[1] > max_pixels:
-                    bomb = f"a decompression bomb: {size[0]} x {size[1]} pixels"
-                    return Look(f"{bomb}, more than {max_pixels}", suffix, size)
                 picture = to_rgb(image)
                 size, extrema = picture.size, picture.getextrema()
-        except Image.DecompressionBombError as error:
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             return Look(f"a decompression bomb: {first_line(error)}", suffix, size)
         except PairsError as error:
             return Look(str(error), suffix, size, True)
