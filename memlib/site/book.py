@@ -37,9 +37,7 @@ def build(root: Path, profile: str = "full", assignments: str = "", model: str =
             stage(root, made, read)
             return build_site(root, made, read)
     except Timeout:
-        raise BookError(
-            f"another build of profile {profile!r} is running here: wait for it"
-        ) from None
+        raise BookError(f"another build of {profile!r} is running here: wait for it") from None
 
 
 def stage(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
@@ -60,13 +58,9 @@ def merge(chapter: NotebookNode, executed: NotebookNode) -> dict:
     """Today's prose and metadata with the outputs of the run."""
     runs, cells = iter(run.code_cells(executed)), []
     for cell in chapter.cells:
-        outputs = {}
-        if cell.cell_type == "code":
-            known = next(runs)
-            outputs = {"outputs": known.outputs, "execution_count": known.execution_count}
-        cells.append(cell | outputs)
-        if tagged(cell):
-            cells += run.code_cells(executed, injected=True)
+        made = next(runs) if cell.cell_type == "code" else {}
+        cells.append(cell | {key: made[key] for key in ("outputs", "execution_count") if made})
+        cells += run.code_cells(executed, injected=True) if tagged(cell) else []
     return executed | {"cells": cells}
 
 

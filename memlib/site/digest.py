@@ -4,7 +4,7 @@ import ast
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from IPython.core.inputtransformer2 import TransformerManager
@@ -49,9 +49,9 @@ def of_files(root: Path, files: Iterable[str], *more) -> str:
 
 
 @functools.cache
-def does_and_uses(path: Path, _content: bytes) -> tuple[str, list[str]]:
+def does_and_uses(path: Path, _content: bytes) -> tuple[str, set[str]]:
     """A module's code, and what it names of memlib; kept as long as its content is the same."""
-    return code(path), [*names(ast.parse(path.read_text()))]
+    return code(path), names(ast.parse(path.read_text()))
 
 
 def tree_of(source: str) -> ast.AST:
@@ -80,16 +80,16 @@ def modules(root: Path, trees: Iterable[ast.AST]) -> set[str]:
     return found | {data for start, data in DATA.items() if any(f.startswith(start) for f in found)}
 
 
-def names(tree: ast.AST) -> Iterator[str]:
+def names(tree: ast.AST) -> set[str]:
     """What code imports of memlib, and what it reaches from there by attributes, dotted."""
-    bound = {"memlib": "memlib"}
+    imported = [("memlib", "memlib")]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             origin = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-            for alias in node.names:
-                bound[alias.asname or alias.name] = origin + alias.name
-    reached = (dotted(node, bound) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
-    yield from (name for name in (*bound.values(), *reached) if name.startswith("memlib."))
+            imported += [(alias.asname or alias.name, origin + alias.name) for alias in node.names]
+    bound, found = dict(imported), [name for _, name in imported]
+    found += [dotted(node, bound) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {name for name in found if name.startswith("memlib.")}
 
 
 def dotted(node: ast.AST, bound: dict[str, str]) -> str:

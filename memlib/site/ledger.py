@@ -2,9 +2,9 @@
 
 import json
 import re
+from collections import namedtuple
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
@@ -15,24 +15,11 @@ from memlib.paths import ROOT
 
 TITLES = {"lab": "the lab"} | {name: c.title for name, c in CHECKPOINTS.items()}
 PAPER = ("sd14", "sd21", "sd21-base", "realvis14", "realvis20")  # what the paper may mean
-WORDS = {
-    "claims": CLAIMS,
-    "samplers": {"ddim": "DDIM", "ddpm": "DDPM"},
-    "signs": {"holds": "✓", "does not hold": "✗", "not decided": "?"},
-    "units": {"seed": "seed", "draw": "noise", "step": "state"},
-}
+Build = namedtuple("Build", "title origin precision")
 COLUMNS = (
     "claim model checkpoint fingerprint precision sampler measure measure_sha256 value low high "
     "verdict prompts seeds draws states guidance versions"
-)
-
-
-class Build(NamedTuple):
-    """Which model a row is of, exactly."""
-
-    title: str  # follows the repository, whatever name a row has; a folder has its own
-    origin: str
-    precision: str
+).split()
 
 
 def read_rows(folder: str | Path = RESULTS) -> list[dict]:
@@ -58,6 +45,10 @@ def read(folder: str | Path = RESULTS) -> pd.DataFrame:
 
 
 def build_of(row: dict) -> Build:
+    """Which model a row is of, exactly.
+
+    The title follows the repository, whatever name a row was recorded under; a folder has its own.
+    """
     origin, name = row["fingerprint"], row["model"]
     titles = [c.title for c in CHECKPOINTS.values() if origin.startswith(f"{c.repository}@")]
     if not titles and (name == "lab" or "@" in origin.split()[0]):
@@ -89,16 +80,14 @@ def write_pages(results: Path, folder: Path) -> None:
     notes = {build: note_on(build, titles) for build in builds}
     latest = {(r["claim"], r["measure"], build_of(r), r["sampler"]): r for r in rows}
     scores = {
-        name: sorted(
-            {row["measure"] for row in rows if row["claim"] == name}
-            or {"sscd" if claim.get("score") else ""}
-        )
+        name: sorted({row["measure"] for row in rows if row["claim"] == name})
+        or ["sscd" if claim.get("score") else ""]
         for name, claim in CLAIMS.items()
     }
 
     def pair(*cell) -> list[dict | None]:
         """Rows of both samplers; one without a sampler stands for both."""
-        return [latest.get((*cell, s), latest.get((*cell, "any"))) for s in WORDS["samplers"]]
+        return [latest.get((*cell, s), latest.get((*cell, "any"))) for s in ("ddim", "ddpm")]
 
     def found(name: str) -> list[tuple[dict, Build]]:
         every = [(r, b) for s in scores[name] for b in builds for r in pair(name, s, b) if r]
@@ -109,12 +98,13 @@ def write_pages(results: Path, folder: Path) -> None:
     )
     templates.filters["e"] = escape
     missing = [TITLES[name] for name in PAPER if TITLES[name] not in titles]
-    values = dict(notes=notes, scores=scores, pair=pair, found=found, missing=missing) | WORDS
     for name in ("matrix", "ledger"):
-        text = templates.get_template(f"{name}.md").render(values)
+        text = templates.get_template(f"{name}.md").render(
+            claims=CLAIMS, notes=notes, scores=scores, pair=pair, found=found, missing=missing
+        )
         (folder / f"_{name}.md").write_text(text)
     (folder / "_static").mkdir(exist_ok=True)
-    table = pd.DataFrame(map(flat, in_order(rows)), columns=COLUMNS.split())
+    table = pd.DataFrame(map(flat, in_order(rows)), columns=COLUMNS)
     table.to_csv(folder / "_static/results.csv", index=False, lineterminator="\n")
 
 

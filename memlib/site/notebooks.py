@@ -16,7 +16,7 @@ INSTALL = """\
 # As it stands this notebook runs the lab: minutes, with or without a GPU. The cell after the
 # parameters has sizes for Stable Diffusion on a T4: at most 20 minutes (computed, not measured).
 import os, subprocess, sys
-book = os.path.abspath("how-diffusion-models-memorize")
+book = "how-diffusion-models-memorize"
 if not os.path.isdir(book):
     !git clone -q {url} {{book}}
 !git -C {{book}} checkout -q {commit}
@@ -25,16 +25,15 @@ install = [sys.executable, "-m", "memlib.site.colab"]
 done = subprocess.run(install, cwd=book, capture_output=True, text=True)
 if done.returncode:
     raise SystemExit(done.stderr)
-sys.path.insert(0, book)
+sys.path.insert(0, os.path.abspath(book))
 import torch
 gpu = torch.cuda.is_available()
 print(torch.cuda.get_device_name() if gpu else "no GPU: the lab needs none")"""
 
 
 def git(root: Path, *words: str) -> str:
-    return subprocess.run(
-        ["git", "-C", root, *words], capture_output=True, text=True
-    ).stdout.strip()
+    command = ["git", "-C", root, *words]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def repository(root: Path) -> str:
