@@ -14,7 +14,8 @@ KEPT = ("torch", "numpy", "ipykernel")
 
 def install(root: Path) -> str | None:
     """None, or in one line why the book cannot be installed here."""
-    kept = [f"{d.name}=={d.version}" for d in distributions() if d.name in KEPT]
+    versions = {d.name: d.version for d in reversed([*distributions()])}  # of the first on the path
+    kept = [f"{name}=={versions[name]}" for name in KEPT if name in versions]
     pip = [sys.executable, "-m", "pip", "install", "-q"]
     runs = [[*pip, "-e", root, *kept]]
     if sys.version_info < (3, 12):  # it runs there, but declares that it does not
