@@ -111,8 +111,7 @@ class RecordedModel:
     to_epsilon, uncached = DiffusersModel.to_epsilon, DiffusersModel.uncached
 
     def tokens_cut(self, captions: Sequence[str]) -> np.ndarray:
-        """There is no tokenizer; a trace that is read has its own."""
-        return np.zeros(len(captions), int)
+        return np.zeros(len(captions), int)  # no tokenizer; a trace that is read says it itself
 
 
 def _place(kind: str, source: str) -> Path:

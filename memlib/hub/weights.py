@@ -46,12 +46,10 @@ SIGNS = {  # what a file of tensors is, by their names, the more telling ones fi
     r"down_blocks\.": "one part of a diffusers pipeline, not a whole model",
     r"encoder\.layers": "a text encoder, not a whole model", "": "no model that is known here",
 }  # fmt: skip
-INPUTS = {  # settings of a U-Net that is fed more than latents, timestep and text
-    "time_cond_proj_dim": "the guidance scale (a consistency model)",
-    "class_embed_type": "class labels", "num_class_embeds": "class labels",
-    "addition_embed_type": "added conditions", "encoder_hid_dim_type": "projected conditions",
-    "dual_cross_attention": "a second text",
-}  # fmt: skip
+INPUTS = (  # settings of a U-Net that is fed more than latents, timestep and text
+    "time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type",
+    "encoder_hid_dim_type", "dual_cross_attention",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,11 +133,9 @@ def _config(file: Path, config: str | Path | None) -> Path:
     refuse(
         f"{file}: ",
         (first[1] != 4, f"its U-Net takes {first[1]} channels, as for inpainting, not 4"),
-        (config is None and text[1] == 1024,
-         "it is SD v2, and the file does not say whether it predicts v or epsilon: give "
-         "config='sd21' for v, config='sd21-base' for epsilon"),
         (config is None and text[1] != 768,
-         "its kind is unknown: give config, a folder with its model_index.json"),
+         "its kind is unknown, or whether it predicts v or epsilon: give config='sd21' for v, "
+         "config='sd21-base' for epsilon, or a folder with its model_index.json"),
         (not (folder / "model_index.json").is_file(),
          f"unknown config {str(config)!r}{nearest(str(config), known)}"),
     )  # fmt: skip
@@ -148,14 +144,7 @@ def _config(file: Path, config: str | Path | None) -> Path:
 
 @quiet()
 def pipeline(place: Place, vae=None, half: bool = False):
-    """diffusers' pipeline of these weights, every tensor of which was used, and none is missing.
-
-    Raises
-    ------
-    ModelError
-        A part whose weights are missing, pickled, of another shape or more than it takes; a U-Net
-        that diffusers' pipeline would feed more than latents, timestep and text.
-    """
+    """diffusers' pipeline of these weights, every tensor of which was used, and none is missing."""
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     options |= {"vae": vae} if vae else {}
     if place.path.is_file():
@@ -221,32 +210,25 @@ def _of_file(place: Place, options: dict):
         place.path,
         (beside, f": {len(beside)} weights beside the model ({''.join(beside[:1])}, …) that are "
          "not read: merge them, or leave them out"),
-        *((not _own(keys, part), f" holds no {part}{': give one as vae' * (part == 'vae')}")
-          for part in PARTS if part not in options),
+        ("vae" not in options and not any(key.startswith(ORIGINAL["vae"]) for key in keys),
+         " holds no vae: give one as vae"),
     )  # fmt: skip
     own = place.config / "tokenizer"
     words = json.loads((own / "tokenizer_config.json").read_text())
     words = {key: words[key] for key in ("pad_token", "model_max_length") if key in words}
     whole = {f.name for f in own.glob("*")} & {"vocab.json", "tokenizer.json"}
     tokenizer = CLIPTokenizer.from_pretrained(own if whole else CONFIGS / "tokenizer", **words)
-    pipe = _single(
-        StableDiffusionPipeline, place.path, config=str(place.config), tokenizer=tokenizer,
-        **options,
-    )  # fmt: skip
-    for part in PARTS:
-        if part not in options:
-            _count(place.path, part, keys, getattr(pipe, part))
+    said = {"config": str(place.config), "tokenizer": tokenizer}
+    pipe = _single(StableDiffusionPipeline, place.path, **said, **options)
+    for part in [part for part in PARTS if part not in options]:
+        _count(place.path, part, keys, getattr(pipe, part))
     table, predicts = pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type
     same = levels is None or (
         levels.shape == table.shape and torch.allclose(levels.float(), table.float(), atol=1e-4)
     )
-    refuse(
-        place.path,
-        ("v_pred" in keys and predicts != "v_prediction",
-         " says that it predicts v: give config='sd21', or a folder's"),
-        ("ztsnr" in keys or not same,
-         " has another noise schedule than its configuration: give config"),
-    )  # fmt: skip
+    other = "ztsnr" in keys or not same or ("v_pred" in keys and predicts != "v_prediction")
+    what = " says another prediction or noise schedule than its configuration: give config"
+    refuse(place.path, (other, f"{what}, 'sd21' for v, or a folder"))
     return pipe
 
 
@@ -254,25 +236,20 @@ def _single(kind, file: Path, **options):
     try:
         return kind.from_single_file(str(file), local_files_only=True, **options)
     except (NotImplementedError, SingleFileComponentError) as error:
-        text = f"{file}: weights are missing, or under names that are not SD's"
-        raise ModelError(text) from error
-
-
-def _own(keys: Iterable[str], part: str) -> list[str]:
-    """The names of a part's tensors in a file; a VAE may be alone in it."""
-    mine = [k for k in keys if k.startswith(ORIGINAL[part]) and not re.search(UNUSED, k)]
-    return mine or [k for k in keys if part == "vae" and k.startswith(VAE_ALONE)]
+        what = "weights are missing, or under names that are not SD's"
+        raise ModelError(f"{file}: {what}") from error
 
 
 def _count(file: Path, part: str, keys: Iterable[str], network) -> None:
     """As many tensors in the file as a part has: diffusers' reader ignores others."""
-    mine, tensors = _own(keys, part), network.state_dict()
+    tensors = network.state_dict()
+    mine = [k for k in keys if k.startswith(ORIGINAL[part]) and not re.search(UNUSED, k)]
+    mine = mine or [k for k in keys if k.startswith(VAE_ALONE)]
     wanted = len(tensors)
-    if part == "text_encoder" and any(".resblocks." in key for key in mine):
-        # OpenCLIP packs three matrices in one, and SD v2 leaves out its last layer.
+    if any(".resblocks." in key for key in mine):  # OpenCLIP packs three matrices in one
         layers = network.config.num_hidden_layers
         wanted -= 4 * layers
-        mine = [key for key in mine if f".resblocks.{layers}." not in key]
+        mine = [key for key in mine if f".resblocks.{layers}." not in key]  # which SD v2 leaves out
     what = "missing" if len(mine) < wanted else "too many"
     refuse(
         f"{file}: ",
@@ -302,18 +279,15 @@ def load_vae(vae: str | Path):
 
 
 def _check(place: Place, pipe) -> None:
-    """Refuse what diffusers would take and use otherwise than we do, and what it would not notice.
-
-    These are a VAE that scales or shifts latents in another way than the U-Net was trained with, a
-    scheduler whose noise levels are not those of a diffusion with betas, a U-Net that is fed more
-    than latents, timestep and text, and parts that do not fit each other.
-    """
+    """Refuse parts that do not fit each other, and what diffusers would use in another way."""
     unet, vae, scheduler = pipe.unet.config, pipe.vae.config, pipe.scheduler.config
     words, text, kind = pipe.tokenizer, pipe.text_encoder.config, type(pipe.scheduler).__name__
     own = place.config / "vae" / "config.json"
     own = json.loads(own.read_text()) if own.is_file() else {}
     scale, own_scale = vae.scaling_factor, own.get("scaling_factor", vae.scaling_factor)
     betas, steps = scheduler.get("trained_betas"), scheduler.get("num_train_timesteps")
+    stated = {"beta_start", "beta_end", "beta_schedule"} <= {*scheduler}
+    flow = scheduler.get("use_flow_sigmas") or scheduler.get("prediction_type") == "flow_prediction"
     widths = {*np.ravel(unet.encoder_hid_dim or unet.cross_attention_dim).tolist()}
     sides = {*np.ravel(unet.sample_size or 0).tolist()}
     channels = (unet.in_channels, unet.out_channels, vae.latent_channels)
@@ -321,20 +295,15 @@ def _check(place: Place, pipe) -> None:
         f"{place.path}: ",
         *((not all(t.isfinite().all() for t in getattr(pipe, part).state_dict().values()),
            f"its {part} has weights that are not finite") for part in PARTS),
-        (not 0 < (scale or 0) < np.inf, f"its VAE's scaling_factor is {scale}"),
+        (own_scale != scale or not 0 < (scale or 0) < np.inf,
+         f"its VAE's scaling_factor is {scale}, the pipeline's own has {own_scale}"),
         (any(vae.get(name) for name in ("shift_factor", "latents_mean", "latents_std")),
          "its VAE shifts latents, as no Stable Diffusion does"),
-        (own_scale != scale,
-         f"the VAE's scaling_factor is {scale}, the pipeline's own has {own_scale}"),
-        (not betas and not {"beta_start", "beta_end", "beta_schedule"} <= {*scheduler},
-         f"its scheduler ({kind}) states no noise schedule (betas)"),
-        (betas is not None and len(betas) != steps,
-         f"its scheduler has {len(betas or ())} betas for {steps} timesteps"),
-        (scheduler.get("use_flow_sigmas") or scheduler.get("prediction_type") == "flow_prediction",
-         f"its scheduler ({kind}) is for flow matching"),
+        (flow or (not stated if betas is None else len(betas) != steps),
+         f"its scheduler ({kind}) states no noise schedule of {steps} betas"),
         *((unet.get(name) not in (None, False, "text_proj"),
-           f"its U-Net also takes {what} ({name}); this is not supported")
-          for name, what in INPUTS.items()),
+           f"its U-Net takes more than latents, timestep and text ({name}); this is not supported")
+          for name in INPUTS),
         (len({*channels}) > 1 or (vae.in_channels, vae.out_channels) != (3, 3),
          "its U-Net takes {} channels and gives {}, its VAE has {}".format(*channels)
          + f" for pictures of {vae.in_channels}"),
