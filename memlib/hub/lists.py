@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from memlib.hub.names import ALIASES, CHECKPOINTS
 from memlib.paths import data_folder
 
 HUB = "https://huggingface.co/datasets/fraisdufour/templates-verbs/resolve/main"
 KINDS = {"MV": "memorized", "RV": "memorized", "TV": "template", "N": "control"}
-
-WEBSTER = ("sd14", "sd21", "realvis")  # beginnings of the names of models that have a list
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,13 @@ class PromptList:
 
 
 LISTS = {
-    "webster-sd14": PromptList(
-        "sdv1_bb_edge_groundtruth.parquet", "72c2dded275dda496de9c3f7c33c4f3d"
-    ),
-    "webster-sd21": PromptList(
-        "sdv2_bb_edge_groundtruth.parquet", "c700ae1d156a9330940d339a24740ed1"
-    ),
-    "webster-realvis": PromptList(
-        "realistic_vision_sdv1_edge_groundtruth.parquet", "d4ce3781e41efb78289c936d87a79edf"
-    ),
-}  # fmt: skip
+    f"webster-{model}": PromptList(f"{name}_edge_groundtruth.parquet", md5)
+    for model, name, md5 in (
+        ("sd14", "sdv1_bb", "72c2dded275dda496de9c3f7c33c4f3d"),
+        ("sd21", "sdv2_bb", "c700ae1d156a9330940d339a24740ed1"),
+        ("realvis", "realistic_vision_sdv1", "d4ce3781e41efb78289c936d87a79edf"),
+    )
+}
 
 
 def list_file(name: str) -> Path:
@@ -55,8 +52,8 @@ def list_file(name: str) -> Path:
 def standard(table: pd.DataFrame) -> pd.DataFrame:
     """A list's rows in the columns of a manifest.
 
-    `prompt_id` is the list's `index` as text ("" where it is missing); a row whose index stands
-    twice is kept apart under a number of its own. `kind` follows `overfit_type`: MV (matching
+    `prompt_id` is the list's `index` as text ("" where it is missing); rows with a duplicated index
+    are kept apart by a number of their own. `kind` follows `overfit_type`: MV (matching
     verbatim) and RV (retrieved verbatim) are memorized, TV template, N control; a word of another
     list stays as it is, for it means something else. `group` is the same number for
     near-duplicates.
@@ -95,42 +92,17 @@ def near_duplicates(table: pd.DataFrame) -> np.ndarray:
     ]
     if "url" in table:
         keys.append(table.url.where(table.url.notna() & (table.url != "")))
-    parent = list(range(len(table)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            i = parent[i]
-        return i
-
+    size, links = len(table), []
     for key in keys:
-        first: dict[str, int] = {}
-        for i, value in enumerate(key):
-            if pd.notna(value):
-                a, b = root(i), root(first.setdefault(value, i))
-                parent[max(a, b)] = min(a, b)
-    roots = [root(i) for i in range(len(table))]
-    return pd.factorize(np.array(roots))[0]
-
-
-def reconcile(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """Two lists side by side: rows are the same where index, caption and url are.
-
-    Returns
-    -------
-    The rows of both, with the column `list`: ``both``, ``first`` or ``second``. A row that stands
-    n times in one list and m in the other is ``both`` min(n, m) times; nothing is merged away.
-    """
-    keys = ["index", "caption", "url"]
-    tables = (t.assign(index=t["index"].map(index_text)) for t in (first, second))
-    a, b = (t[keys].astype(str) for t in tables)  # a missing address is one, too
-    a, b = (t.assign(turn=t.groupby(keys).cumcount()) for t in (a, b))
-    merged = a.merge(b, how="outer", on=[*keys, "turn"], indicator="list")
-    names = {"left_only": "first", "right_only": "second", "both": "both"}
-    merged["list"] = merged["list"].map(names).astype(str)
-    return merged.drop(columns="turn")
+        code = pd.factorize(key)[0]  # -1 is missing
+        first = pd.Series(np.arange(size)).groupby(code).transform("first")
+        links.append(np.stack([np.arange(size), first])[:, code >= 0])
+    links = np.hstack(links)
+    graph = coo_array((np.ones(links.shape[1]), links), (size, size))
+    return pd.factorize(connected_components(graph)[1])[0]
 
 
 def webster(model: str) -> str:
     """The list that goes with a named model, '' if none: one for both SD v2.1, one for realvis*."""
     named = model in CHECKPOINTS or model in ALIASES
-    return next((f"webster-{w}" for w in WEBSTER if named and model.startswith(w)), "")
+    return next((n for n in LISTS if named and model.startswith(n.removeprefix("webster-"))), "")

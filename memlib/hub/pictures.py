@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import tarfile
+import tempfile
 import warnings
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -26,6 +28,7 @@ from memlib.prompts import FORMATS, PairsError, readable, to_rgb
 ENDINGS = tuple(ending for _, endings in FORMATS.values() for ending in endings)
 BESIDE = (".json", ".txt")  # of these endings is what says whose a picture is
 PACKS = (".tar", ".tar.gz", ".tgz", ".zip", ".parquet")
+DAMAGED = (shutil.ReadError, zipfile.BadZipFile, zlib.error, tarfile.TarError)
 SET_ASIDE = "set-aside"  # a folder of placeholders beside downloaded pictures
 SHARED = "a placeholder: the same picture came for "
 
@@ -46,7 +49,7 @@ def find_images(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """Give each row the picture in `folder`, or below it, that is named after it, if it is one.
 
     A row that has an `image` keeps it. A picture is named by `prompt_id`, or by an `index` that
-    stands once: as it is, with or without its ending and folder, or else with leading zeros; in a
+    occurs once: as it is, with or without its ending and folder, or else with leading zeros; in a
     list that has neither, by the row's number from 0, or from 1 where the highest is the last
     row's and there is no 0. Where img2dataset left a ``12.json`` beside ``12.jpg``, the address or
     caption in it says whose the picture is: there 12 is a row of the list that was downloaded. So
@@ -56,17 +59,16 @@ def find_images(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
     all the same, name it in the manifest's column `image`.
     """
     captions = {caption.strip(): caption for caption in table.caption}
-    files, plain, told = defaultdict(list), defaultdict(list), {}
-    for file in pictures_below(folder):
+    files, plain, of_url, of_caption = (defaultdict(list) for _ in range(4))
+    told = {file: _sidecar(file, captions) for file in pictures_below(folder)}
+    for file, (url, caption) in told.items():
         place = file.relative_to(folder)
         for name in {place.stem, place.name, place.with_suffix("").as_posix(), place.as_posix()}:
             files[name].append(file)
         plain[_plain_number(file.stem)].append(file)
-        told[file] = _sidecar(file, captions)
-    described = defaultdict(list)
-    for file, (url, caption) in told.items():
-        described["url", url].append(file)
-        described["caption", caption].append(file)
+        of_url[url].append(file)
+        of_caption[caption].append(file)
+    of_url[""].clear()
     none = "no picture" if told else f"no picture{_archives(folder)}"
     ids = table.prompt_id
     numbers = table["index"].map(index_text) if "index" in table else ids
@@ -82,34 +84,29 @@ def find_images(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
     urls = table["url"] if "url" in table else [""] * len(table)
     urls = [url if isinstance(url, str) else "" for url in urls]
     own = list(table["image"]) if "image" in table else [""] * len(table)
-    images, notes = [], []
-    for image, url, caption, *names in zip(own, urls, table.caption, ids, numbers, strict=True):
+    images, notes = own.copy(), [""] * len(table)
+    every = zip(own, urls, table.caption, ids, numbers, strict=True)
+    for n, (image, url, caption, *names) in enumerate(every):
         if image:
-            images.append(image)
-            notes.append("")
             continue
-        found = described["url", url] if url else []
-        found = found + [
-            f for f in described["caption", caption] if caption and not (url and told[f][0])
-        ]
-        note = none
+        found, note = [f for f in of_caption[caption] if not (url and told[f][0])], none
         for name in filter(None, names):
-            padded = [f for f in plain.get(_plain_number(name), ()) if f.stem not in taken]
+            padded = [f for f in plain[_plain_number(name)] if f.stem not in taken]
             for file in files.get(name, padded):
                 said = [(a, b) for a, b in zip(told[file], (url, caption), strict=True) if a and b]
                 if not said or any(a == b for a, b in said):
                     found.append(file)
                 else:
                     note = "no picture: the JSON or text beside the one of its name is of another"
-        reasons = {file: check_image(file) for file in dict.fromkeys(found)}
-        whole = [file for file, reason in reasons.items() if reason is None]
-        images.append(str(whole[0].resolve()) if whole else "")
-        notes.append("" if whole else next(iter(reasons.values()), note))
-    table = table.assign(image=images, image_note=notes)
-    groups, rows = near_duplicates(table), {}
-    for n, (image, url) in enumerate(zip(images, urls, strict=True)):
-        if image:
-            rows[n] = (sha256(Path(image)), url or f"row {n}", groups[n])
+        reasons = {file: check_image(file) for file in dict.fromkeys(of_url[url] + found)}
+        whole = [str(file.resolve()) for file, reason in reasons.items() if reason is None]
+        images[n] = next(iter(whole), "")
+        notes[n] = "" if whole else next(iter(reasons.values()), note)
+    groups = near_duplicates(table)
+    rows = {
+        n: (sha256(Path(image)), url or f"row {n}", groups[n])
+        for n, (image, url) in enumerate(zip(images, urls, strict=True)) if image
+    }  # fmt: skip
     labels = [name or f"row {n + 1}" for n, name in enumerate(table.prompt_id)]
     for n, (others, placeholder) in one_for_many(rows).items():
         if placeholder and not own[n]:
@@ -163,21 +160,18 @@ def one_for_many(
     """Which pictures are byte for byte those of other prompts, and whether as a placeholder.
 
     A server that lost its pictures answers every address with the same one, "not available". But
-    the pictures that a model memorizes stand in many places, too, and lists repeat prompts. So one
-    picture is a placeholder where different addresses gave it *and* it stands for
+    memorized pictures are found in many places, too, and lists repeat prompts. So one picture is a
+    placeholder where different addresses (but for scheme and fragment) gave it *and* it came for
 
     - two prompts whose captions differ by more than case and punctuation (`near_duplicates`), or
     - where the captions are not known, three addresses.
 
-    The rule would rather lose a picture than keep a placeholder: a lost one is named in the report
-    and counted, and a placeholder taken for the training image makes every result of its prompt
-    wrong, and nobody sees it. The same address twice (but for scheme and fragment) is no evidence,
-    nor are near-duplicates, however many.
+    The rule would rather lose a picture, which is counted and named in the report, than keep a
+    placeholder, with which every result of its prompt is wrong, and nobody sees it.
 
     Parameters
     ----------
-    rows : for each name the picture's checksum, its address, and its group of near-duplicates or
-        None.
+    rows : for each name the picture's checksum, address, and group of near-duplicates or None.
 
     Returns
     -------
@@ -205,8 +199,8 @@ def shared_note(others: Iterable[str]) -> str:
     return f"{SHARED}{', '.join(short(o, 40) for o in others[:3])}{more}"
 
 
-def copy_pictures(source: Path, folder: Path) -> int:
-    """Copy the pictures in a folder and below it, and what is said beside them; how many.
+def copy_pictures(source: Path, folder: Path) -> None:
+    """Copy the pictures in a folder and below it, and what is said beside them.
 
     Raises
     ------
@@ -224,55 +218,22 @@ def copy_pictures(source: Path, folder: Path) -> int:
                 target = folder / part.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(part, target)
-    return len(found)
 
 
-def unpack(archive: Path, folder: Path, max_bytes: int = 30_000_000) -> int:
-    """Copy the pictures of a zip or tar archive into one flat folder; return how many.
+def unpack(archive: Path, folder: Path) -> None:
+    """Copy the pictures of a zip or tar archive, and what is said beside them; else a ValueError.
 
-    Only regular files with a picture's ending and of at most `max_bytes`, and JSON and text
-    files, are taken, by their bare names: no path of the archive is followed.
-
-    Raises
-    ------
-    ValueError
-        The file is no zip or tar archive, or it is damaged.
+    Nothing is written outside `folder`, whatever paths and links the archive holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    count = 0
-
-    def keep(name: str, size: int, handle) -> None:
-        nonlocal count
-        name = PurePosixPath(name).name
-        picture = name.lower().endswith(ENDINGS)
-        if handle is None or size > max_bytes or name.startswith("."):
-            return
-        if not picture and not name.lower().endswith(BESIDE):
-            return
-        partial = folder / f"{name}.partial"
-        with partial.open("wb") as out:
-            shutil.copyfileobj(handle, out)
-        partial.replace(folder / name)
-        count += picture
-
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as pack:
-                for item in pack.infolist():
-                    if not item.is_dir():
-                        with pack.open(item) as handle:
-                            keep(item.filename, item.file_size, handle)
-        elif tarfile.is_tarfile(archive):
-            with tarfile.open(archive) as pack:
-                for item in pack:
-                    if item.isfile():
-                        keep(item.name, item.size, pack.extractfile(item))
-        else:
-            raise ValueError("it is neither zip nor tar")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, ValueError, RuntimeError) as error:
-        reason = short(first_line(error), 120)
-        raise ValueError(f"archive {short(archive)} cannot be unpacked: {reason}") from error
-    return count
+    safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # a zip is always read so
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
+        try:
+            shutil.unpack_archive(archive, unpacked, **safe)
+        except (*DAMAGED, EOFError, RuntimeError) as error:
+            reason = short(first_line(error), 120)
+            raise ValueError(f"archive {short(archive)} cannot be unpacked: {reason}") from error
+        copy_pictures(Path(unpacked), folder)
 
 
 def check_image(path: str | Path, min_side: int = 64) -> str | None:
