@@ -18,7 +18,7 @@ PLACES = {
     "gram": "cosine inner norm",
     "hub.loading": "load training_step",
     "hub.manifests": "load_pairs",
-    "measures": "similarity",
+    "hub.sscd": "similarity",
     "models": "ExactModel",
     "runs.cache": "cached",
     "runs.store": "open_run verify",

@@ -1,104 +1,37 @@
-"""How much a generated picture is a copy of a training image."""
+"""How much a generated picture is a copy of a training image: measures of similarity.
+
+A measure turns pictures into unit vectors; the similarity of two pictures is their inner product.
+A new one is an entry of `MEASURES`.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from memlib.errors import first_line, nearest
-from memlib.files import sha256
-from memlib.paths import data_folder
+from memlib.errors import nearest
 
-OFFICIAL_BATCH = 16  # pictures that the official networks see at once on a GPU
 SSCD_SIDE = 288  # pixels, the size SSCD was trained at
 COPY = {"sscd": 0.7, "ncc": 0.9}  # a score of this or more counts as a copy
 
+Describe = Callable[[np.ndarray], np.ndarray]  # uint8 [image, y, x, rgb] → unit [image, d]
+
 
 @dataclass(frozen=True)
-class Network:
-    """One of Meta's TorchScript files of SSCD (MIT licence). Meta publishes no checksums."""
+class Measure:
+    """`make` takes a side in pixels (or None) and a device; `note` a picture's size and a device.
 
-    name: str  # for `memlib fetch`
-    file: str
-    variable: str  # of the environment: another path; with _SHA256 behind it, another checksum
-    sha256: str = ""
-    size: int = 4_000_000_000  # bytes, at most
-    note: str = ""
+    `note` gives what a trace says of its scores besides the name. Only a measure that is
+    `on_device` is asked for another device than the CPU.
+    """
 
-    @property
-    def url(self) -> str:
-        return f"https://dl.fbaipublicfiles.com/sscd-copy-detection/{self.file}"
-
-    @property
-    def path(self) -> Path:
-        """Where the environment says that the file lies, or where `memlib fetch` puts it."""
-        return Path(os.environ.get(self.variable) or data_folder(self.file))
-
-    @property
-    def trusted(self) -> str:
-        """The checksum to have: the environment's, or one given to `memlib fetch`, or our own."""
-        if named := os.environ.get(f"{self.variable}_SHA256"):
-            return named.lower()
-        given = data_folder(f"{self.file}.sha256")
-        if given.is_file() and not os.environ.get(self.variable):
-            return given.read_text().strip()
-        return self.sha256
-
-    def read(self) -> bytes:
-        """The file's bytes, if its checksum is the trusted one: TorchScript runs code.
-
-        Raises
-        ------
-        FileNotFoundError
-            It is not here.
-        ValueError
-            It is another file, or nothing says which file it should be.
-        """
-        if not self.path.is_file():
-            option = "" if self.sha256 else " --sha256 ..."
-            raise FileNotFoundError(
-                f"{self.file} is not here: memlib fetch {self.name}{option} brings it, or set "
-                f"{self.variable} to its path; similarity='sscd' needs no download"
-            )
-        data = self.path.read_bytes()
-        found = hashlib.sha256(data).hexdigest()
-        if found != self.trusted:
-            wanted = f"not {self.trusted}" if self.trusted else "and no published one is known"
-            raise ValueError(
-                f"{self.path} has the sha256 {found}, {wanted}; such a file runs code: if you "
-                f"trust it, set {self.variable}_SHA256 to that"
-            )
-        return data
-
-
-OFFICIAL = {
-    network.name: network
-    for network in (
-        # This checksum is stated in at least eight public code bases.
-        Network(
-            "sscd", "sscd_disc_mixup.torchscript.pt", "MEMLIB_SSCD",
-            "9f26bd4c848cc19b73d2ae92eea6e04886f61a7b764ceb7a13aeee62e6a6db56", 98_791_638,
-        ),
-        # None was found of this one: code that uses it keeps whatever it is given.
-        Network(
-            "sscd-large", "sscd_disc_large.torchscript.pt", "MEMLIB_SSCD_LARGE",
-            note="the score of the authors' current code",
-        ),
-    )
-}  # fmt: skip
-PREPROCESSING = {  # of the official networks: measure → network, what is done to a picture
-    "sscd-small288": ("sscd", "small_288"),
-    "sscd-skew320": ("sscd", "skew_320"),
-    "sscd-large288": ("sscd-large", "skew_288"),
-}
+    make: Callable[[int | None, str], Describe]
+    note: Callable[[int, str], dict] = lambda _size, _device: {}
+    on_device: bool = False
 
 
 def sscd_side(size: int) -> int:
@@ -143,59 +76,6 @@ def _sscd(model: str, side: int | None) -> Callable:
     return describe
 
 
-def official_input(image: np.ndarray, preprocessing: str) -> np.ndarray:
-    """A picture as SSCD's authors feed it: float32 [rgb, y, x], ImageNet's normalisation.
-
-    ``small_288``: the short side to 288, the shape kept. ``skew_320``: 320 x 320 whatever the
-    shape; ``skew_288`` alike. All bilinear, as torchvision's `Resize` on a PIL image.
-    """
-    height, width = image.shape[:2]
-    kind, side = preprocessing.split("_")
-    size = (int(side), int(side))
-    if kind == "small":
-        size = tuple(int(int(side) * n / min(height, width)) for n in (width, height))
-    resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
-    x = np.asarray(resized, np.float32) / 255
-    x = (x - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
-    return np.ascontiguousarray(x.transpose(2, 0, 1))
-
-
-def _official(measure: str, device: str) -> Callable:
-    """An official TorchScript SSCD, [image, 512 or 1024] of unit length (Pizzi et al. 2022)."""
-    import torch
-
-    name, preprocessing = PREPROCESSING[measure]
-    data, file = OFFICIAL[name].read(), OFFICIAL[name].path
-    try:
-        network = torch.jit.load(io.BytesIO(data), map_location=device).eval()
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{file} is no TorchScript file: {first_line(error)}") from error
-
-    def describe(images: np.ndarray) -> np.ndarray:
-        rows, together = [], 1 if device == "cpu" else OFFICIAL_BATCH
-        for n in range(0, len(images), together):
-            x = np.stack([official_input(i, preprocessing) for i in images[n : n + together]])
-            with torch.inference_mode():
-                rows += network(torch.from_numpy(x).to(device)).double().cpu()
-        rows = np.stack(rows)
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-    return describe
-
-
-def provenance(measure: str, size: int, device: str = "cpu") -> dict:
-    """What a trace says of its scores: measure, preprocessing, and the checksum of the network."""
-    note = {"measure": measure, "sscd_side": sscd_side(size)}
-    if measure in PREPROCESSING:
-        network, preprocessing = PREPROCESSING[measure]
-        note |= {"preprocessing": preprocessing, "sha256": OFFICIAL[network].trusted}
-        note["sscd_side"] = int(preprocessing.split("_")[1])
-        note |= {} if device == "cpu" else {"device": device.partition(":")[0]}
-    elif measure.startswith("sscd"):
-        note["preprocessing"] = f"square, side {sscd_side(size)}"
-    return note
-
-
 def _ncc() -> Callable:
     """Pixels less each channel's mean, of unit length: their product is the cross-correlation."""
 
@@ -207,21 +87,20 @@ def _ncc() -> Callable:
     return describe
 
 
-_DESCRIPTORS = {
-    "sscd": lambda side, _: _sscd("sscd", side),
-    "sscd-distilled": lambda side, _: _sscd("sscd_distilled", side),
-    "sscd-small288": lambda _, device: _official("sscd-small288", device),
-    "sscd-skew320": lambda _, device: _official("sscd-skew320", device),
-    "sscd-large288": lambda _, device: _official("sscd-large288", device),
-    "ncc": lambda *_: _ncc(),
+def _square(size: int, _device: str) -> dict:
+    return {"preprocessing": f"square, side {sscd_side(size)}"}
+
+
+MEASURES = {
+    "sscd": Measure(lambda side, _: _sscd("sscd", side), _square),
+    "sscd-distilled": Measure(lambda side, _: _sscd("sscd_distilled", side), _square),
+    "ncc": Measure(lambda *_: _ncc()),
 }
-MEASURES = tuple(_DESCRIPTORS)
 
 
-def available() -> list[str]:
-    """The measures that can be used here: not the official ones whose file is not here."""
-    here = {n for n, o in OFFICIAL.items() if o.path.is_file() and sha256(o.path) == o.trusted}
-    return [m for m in MEASURES if m not in PREPROCESSING or PREPROCESSING[m][0] in here]
+def provenance(measure: str, size: int, device: str = "cpu") -> dict:
+    """What a trace says of its scores: measure, preprocessing, and the checksum of the network."""
+    return {"measure": measure, "sscd_side": sscd_side(size)} | MEASURES[measure].note(size, device)
 
 
 @lru_cache
@@ -237,9 +116,9 @@ def descriptor(
     ``sscd-large288``: sscd_disc_large at 288 x 288, the score of the paper's authors' current code.
     `device` is for these alone.
     """
-    if measure not in _DESCRIPTORS:
+    if measure not in MEASURES:
         raise ValueError(f"unknown similarity measure {measure!r}{nearest(measure, MEASURES)}")
-    return _DESCRIPTORS[measure](side, device)
+    return MEASURES[measure].make(side, device)
 
 
 def similarity(
@@ -252,6 +131,6 @@ def similarity(
     images : uint8 [image, y, x, rgb]; target : uint8 [y, x, rgb].
     device : for the official networks; the others use the CPU.
     """
-    elsewhere = {"device": device} if measure in PREPROCESSING and device != "cpu" else {}
-    describe = descriptor(measure, **elsewhere)
+    moved = device != "cpu" and measure in MEASURES and MEASURES[measure].on_device
+    describe = descriptor(measure, **({"device": device} if moved else {}))
     return describe(images) @ describe(target[None])[0]

@@ -1,19 +1,17 @@
-"""Load a model: encode text and images, predict noise, decode latents.
+"""What a model must offer: encode text and images, predict noise, decode latents.
 
-Three kinds share one interface. `DiffusersModel` is a text-to-image pipeline in the diffusers
-format: the lab, Stable Diffusion from the Hub, or any folder of that shape. `ExactModel` is the
-closed-form optimal denoiser of a finite training set. `RecordedModel` has no weights here, only
-its traces, recorded elsewhere. All have
+`DiffusersModel` is a text-to-image pipeline of diffusers: the lab, Stable Diffusion, any folder of
+that shape. `ExactModel` is the closed-form optimal denoiser of a finite training set. Both have
 
 - `source`, `fingerprint`, `dtype`, `precision`, `device`, `latent_shape`, `scheduler_config`
 - `encode_text(captions)`, `predict(x_t, timestep, text)`, `to_epsilon(output, x_t, alpha_bar)`
-- `encode_images(files)` and `decode(latents)`.
+- `encode_images(files)` and `decode(latents)`
+- `uncached`: the model itself, where answers are kept on disk (`memlib.hub.answers`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import logging
 import warnings
@@ -22,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler
 from jaxtyping import Float, UInt8
 
-from memlib.errors import ModelError, first_line
+from memlib.errors import ModelError
 from memlib.prompts import read_image
 
-HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 DECODED = 2**15  # pixels that are decoded together
-DECODED_HALF = 10 * 2**18  # the same in half precision, on a GPU
 
 
 @contextlib.contextmanager
@@ -52,34 +49,28 @@ def quiet():
 
 
 class DiffusersModel:
-    """A `StableDiffusionPipeline` seen as the few functions that a trace needs.
+    """A `StableDiffusionPipeline` seen as the few functions that a trace needs, in float32.
 
-    In half precision only the U-Net is: states, scheduler, text encoder and VAE stay in float32.
-    On a GPU a copy of the decoder is in half precision, too; `decoder` names its precision.
+    `memlib.hub.accelerated` has the same in half precision and compiled.
     """
 
-    dtype = torch.float32  # of states
-    compiled = False  # whether `predict` runs compiled code: see `compiling`
-    fits: int | None = None  # images in a batch, where more have run out of memory
-    _network = _half_vae = None
+    dtype, precision, decoder = torch.float32, "float32", "float32"
+    compiled, compiling = False, staticmethod(contextlib.nullcontext)
 
-    def __init__(self, pipe, source: str, fingerprint: str, precision: str = "float32"):
+    def __init__(self, pipe, source: str, fingerprint: str):
         self.pipe, self.source, self.fingerprint = pipe, source, fingerprint
         self.unet, self.vae = pipe.unet.eval(), pipe.vae.eval()
-        self.device, self.precision = pipe.unet.device, precision
+        self.device = pipe.unet.device
         if self.device.type == "cuda":
             exact_float32()
-        self.decoder = "float16" if precision in HALF and self.device.type == "cuda" else "float32"
-        self._cast(HALF.get(precision, torch.float32))
         # Once a block of this size was freed, glibc keeps what is freed. Before that it asks the
         # system for every buffer of every update anew (8 % of the lab's time on two cores).
         torch.ones(31 << 20, dtype=torch.uint8)
         self.scheduler_config = dict(pipe.scheduler.config)
         size = pipe.unet.config.sample_size
-        size = size if isinstance(size, int) else size[0]  # `checkpoints` lets only squares pass
+        size = size if isinstance(size, int) else size[0]  # `hub.weights` lets only squares pass
         self.latent_shape = (pipe.unet.config.in_channels, size, size)
         self.image_size = size * pipe.vae_scale_factor
-        self.together = max(1, DECODED_HALF // self.image_size**2)  # pictures, in half precision
         self.prediction_type = self.scheduler_config.get("prediction_type", "epsilon")
         pipe.set_progress_bar_config(disable=True)
 
@@ -116,74 +107,10 @@ class DiffusersModel:
         """The U-Net's output as it is (epsilon, v or sample)."""
         dtype = next(self.unet.parameters()).dtype  # diffusers' own looks at every parameter
         x_t, text = x_t.to(dtype), text.to(dtype)
-        if self.compiled:
-            return self._predict_compiled(x_t, timestep, text).to(self.dtype)
-        out = self.unet(x_t, timestep, encoder_hidden_states=text, return_dict=False)[0]
-        return out.to(self.dtype)
+        return self._call(x_t, timestep, text).to(self.dtype)
 
-    def _predict_compiled(self, x_t, timestep, text) -> torch.Tensor:
-        x = x_t.contiguous(memory_format=torch.channels_last)
-        arguments = dict(encoder_hidden_states=text, return_dict=False)
-        try:
-            return self._network(x, torch.as_tensor(timestep).to(self.device), **arguments)[0]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # no compiler, a card that is too old, a limit of torch's
-            if isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError):
-                raise torch.OutOfMemoryError(first_line(error)) from None
-            reason = first_line(error)
-        # Not in `except`: the error would keep the tensors of the try in memory.
-        out = self.unet(x, timestep, **arguments)[0]  # what this raises has another cause
-        self._give_up_compiling(reason)
-        return out
-
-    def _give_up_compiling(self, reason: str) -> None:
-        text = f"{self.source} does not compile here, and goes on without: {reason}"
-        warnings.warn(text, stacklevel=4)
-        self.compiled, self._network = False, self.unet
-
-    @contextlib.contextmanager
-    def compiling(self):
-        """For the time of the context `predict` runs compiled code, with channels last.
-
-        The code is made by the first call with a number of latents, and kept. Where that fails,
-        once, the model goes on as it is, here and later, with a warning.
-        """
-        if self._network is None:
-            try:
-                self._network = torch.compile(self.unet, dynamic=False)  # fastest: fixed shapes
-            except RuntimeError as error:  # this Python or platform is not supported
-                self._give_up_compiling(first_line(error))
-        if self._network is self.unet:
-            yield
-            return
-        self._cast(memory_format=torch.channels_last)
-        self.compiled = True
-        try:
-            yield
-        finally:
-            self.compiled = False
-            self._cast(memory_format=torch.contiguous_format)
-
-    @contextlib.contextmanager
-    def full_precision(self):
-        """For the time of the context the U-Net computes in float32, with the same weights.
-
-        Never compiled: to compile for one batch takes longer than the batch.
-        """
-        half, compiled = self.unet.dtype, self.compiled
-        self.compiled = False
-        self._cast(torch.float32)
-        try:
-            yield
-        finally:
-            self._cast(half)
-            self.compiled = compiled
-
-    def _cast(self, *dtype: torch.dtype, **layout) -> None:
-        if self.device.type == "cuda":  # or the weights land in holes of the size of activations
-            torch.cuda.empty_cache()
-        torch.nn.Module.to(self.unet, *dtype, **layout)  # diffusers' own `to` prints a warning
+    def _call(self, x_t, timestep, text) -> torch.Tensor:
+        return self.unet(x_t, timestep, encoder_hidden_states=text, return_dict=False)[0]
 
     def to_epsilon(self, output, x_t, alpha_bar):
         r"""An output as noise; from v, $\epsilon=\sqrt{\bar\alpha}v+\sqrt{1-\bar\alpha}x_t$."""
@@ -219,8 +146,6 @@ class DiffusersModel:
     ) -> UInt8[np.ndarray, "batch y x rgb"]:
         """Pictures of latents, as diffusers' pipeline makes them."""
         latents = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor
-        if self.decoder == "float16":
-            return np.concatenate([self._decode_half(x) for x in latents.split(self.together)])
         return self._decode(latents)
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray:
@@ -234,22 +159,6 @@ class DiffusersModel:
             images = self.pipe.image_processor.postprocess(x, output_type="np")
             pictures.append((images * 255).round().astype(np.uint8))
         return np.concatenate(pictures)
-
-    def _decode_half(self, latents: torch.Tensor) -> np.ndarray:
-        """The same by a copy in float16, rounded to bytes on the device; float32 where it fails.
-
-        bfloat16 has too few digits for the 256 levels of a picture.
-        """
-        if self._half_vae is None:
-            vae = copy.deepcopy(self.vae)
-            vae.encoder = vae.quant_conv = None
-            self._half_vae = torch.nn.Module.to(vae, torch.float16)
-        x = self._half_vae.decode(latents.half(), return_dict=False)[0].float()
-        if not x.isfinite().all():
-            warnings.warn("pictures are not finite in float16 and decoded in float32", stacklevel=3)
-            return self._decode(latents)
-        levels = ((x * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def exact_float32() -> None:
@@ -348,8 +257,6 @@ class ExactModel:
 
 def stable_diffusion_schedule() -> dict:
     """The noise schedule of Stable Diffusion v1.4, as a scheduler config."""
-    from diffusers import DDIMScheduler
-
     return dict(
         DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
@@ -359,6 +266,4 @@ def stable_diffusion_schedule() -> dict:
 
 
 def _alpha_bar_table(config: dict) -> torch.Tensor:
-    from diffusers import DDIMScheduler
-
     return DDIMScheduler.from_config(config).alphas_cumprod.double()

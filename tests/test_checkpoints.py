@@ -487,7 +487,7 @@ def test_fetching_weights(hub):
     status, out, error = hub(fetch)
     assert status == 0, error
     assert out.strip().endswith(COMMIT)
-    assert hub(kind)[1].strip() == "DiffusersModel"
+    assert hub(kind)[1].strip() == "AcceleratedModel"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from PIL import Image
 
 import memlib
 from memlib import cli, measures
-from memlib.hub import lists, pictures
+from memlib.hub import lists, pictures, sscd
 from memlib.hub.checkpoints import VAE_REVISION
 from memlib.hub.commands import addresses
 from memlib.hub.names import CHECKPOINTS
@@ -339,7 +339,7 @@ def official(tmp_path, monkeypatch):
     """The stand-in by the names of both networks, with its checksum in place of theirs."""
     file = tmp_path / "sscd.pt"
     torch.jit.script(Stand()).save(str(file))
-    for network in measures.OFFICIAL.values():
+    for network in sscd.OFFICIAL.values():
         monkeypatch.setenv(network.variable, str(file))
         monkeypatch.setenv(f"{network.variable}_SHA256", sha256_of(file))
     measures.descriptor.cache_clear()
@@ -369,7 +369,7 @@ def test_official_preprocessing(official, measure, size):
     cells = [x[i * height : (i + 1) * height, j * width : (j + 1) * width].mean((0, 1))
              for i in (0, 1) for j in (0, 1)]  # fmt: skip
     expected = np.array(cells).T.flatten()
-    fed = measures.official_input(image, measures.PREPROCESSING[measure][1])
+    fed = sscd.official_input(image, sscd.PREPROCESSING[measure][1])
     assert fed.shape == (3, *reversed(size))
     found = measures.descriptor(measure)(image[None])[0]
     expected /= np.linalg.norm(expected)
@@ -398,11 +398,11 @@ def test_the_large_sscd_is_a_file_of_its_own(official, monkeypatch, tmp_path):
     measures.descriptor("sscd-small288")
     with pytest.raises(FileNotFoundError, match="memlib fetch sscd-large --sha256"):
         measures.descriptor("sscd-large288")
-    assert set(measures.MEASURES) - set(measures.available()) == {"sscd-large288"}
+    assert set(measures.MEASURES) - set(sscd.available()) == {"sscd-large288"}
 
 
 def test_a_missing_or_wrong_sscd(official, monkeypatch):
-    assert set(measures.available()) == set(measures.MEASURES)
+    assert set(sscd.available()) == set(measures.MEASURES)
     official.write_bytes(b"no TorchScript")
     monkeypatch.setenv("MEMLIB_SSCD_SHA256", sha256_of(official).upper())
     with pytest.raises(ValueError, match="is no TorchScript file"):
@@ -412,16 +412,16 @@ def test_a_missing_or_wrong_sscd(official, monkeypatch):
         measures.descriptor("sscd-small288")
 
 
-@pytest.mark.parametrize("measure", measures.PREPROCESSING)
+@pytest.mark.parametrize("measure", sscd.PREPROCESSING)
 def test_an_unknown_torchscript_is_not_run(official, monkeypatch, measure):
     """It is code. Only the environment, or a checksum given to `memlib fetch`, lets it in."""
-    network = measures.OFFICIAL[measures.PREPROCESSING[measure][0]]
+    network = sscd.OFFICIAL[sscd.PREPROCESSING[measure][0]]
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("it was loaded"))
     for wrong in ("0" * 64, ""):
         monkeypatch.setenv(f"{network.variable}_SHA256", wrong)
         with pytest.raises(ValueError, match=f"has the sha256 {sha256_of(official)}, (not|and no)"):
             measures.descriptor(measure)
-        assert measure not in measures.available()
+        assert measure not in sscd.available()
     monkeypatch.setenv("MEMLIB_DATA", str(official.parent))
     note = official.parent / f"{network.file}.sha256"
     note.write_text(sha256_of(official))  # lies where fetch puts it, but the file does not
@@ -444,14 +444,14 @@ def meta(official, monkeypatch):
 
     monkeypatch.setattr("memlib.hub.fetch.Client.save", save)
     monkeypatch.setenv("MEMLIB_DATA", str(official.parent / "data"))
-    for network in measures.OFFICIAL.values():
+    for network in sscd.OFFICIAL.values():
         monkeypatch.delenv(network.variable)
         monkeypatch.delenv(f"{network.variable}_SHA256")
     return asked
 
 
 def test_the_official_sscd_is_checked_by_the_built_in_checksum(meta, official, monkeypatch, capsys):
-    published = measures.OFFICIAL["sscd"]
+    published = sscd.OFFICIAL["sscd"]
     assert published.sha256 == "9f26bd4c848cc19b73d2ae92eea6e04886f61a7b764ceb7a13aeee62e6a6db56"
     assert cli.main(["fetch", "sscd"]) == 1  # the stand-in is another file
     assert "it was removed" in capsys.readouterr().err
@@ -459,7 +459,7 @@ def test_the_official_sscd_is_checked_by_the_built_in_checksum(meta, official, m
     address = "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt"
     assert meta == [(address, 98_791_638)]
     same = dataclasses.replace(published, sha256=sha256_of(official))
-    monkeypatch.setitem(measures.OFFICIAL, "sscd", same)
+    monkeypatch.setitem(sscd.OFFICIAL, "sscd", same)
     assert cli.main(["fetch", "sscd"]) == 0
     assert capsys.readouterr().out.strip() == str(same.path)
     measures.descriptor("sscd-small288")
@@ -473,13 +473,13 @@ def test_a_checksum_of_ones_own_is_kept_for_the_file(meta, official, capsys):
     for name, measure in (("sscd-large", "sscd-large288"), ("sscd", "sscd-skew320")):
         assert cli.main(["fetch", name, "--sha256", sha256_of(official).upper()]) == 0
         measures.descriptor(measure)
-        file = measures.OFFICIAL[name].path
+        file = sscd.OFFICIAL[name].path
         file.write_bytes(file.read_bytes() + b" ")
         measures.descriptor.cache_clear()
         with pytest.raises(ValueError, match="has the sha256"):
             measures.descriptor(measure)
     assert cli.main(["fetch", "sscd"]) == 1
-    assert measures.OFFICIAL["sscd"].trusted == sha256_of(official)  # nothing came: as it was
+    assert sscd.OFFICIAL["sscd"].trusted == sha256_of(official)  # nothing came: as it was
 
 
 def test_our_preprocessing_against_the_published_ones():
@@ -611,7 +611,7 @@ def test_the_doctor(webster, official, monkeypatch, capsys):
     assert out.count("VAE stabilityai/sd-vae-ft-mse@31f26fde") == 3
     assert out.count("\n  realvis ") == 1
     assert "  realvis          an older name of realvis14\n" in out
-    large, mixup = (measures.OFFICIAL[name].file for name in ("sscd-large", "sscd"))
+    large, mixup = (sscd.OFFICIAL[name].file for name in ("sscd-large", "sscd"))
     assert out.count(f"{mixup} (sha256 {sha256_of(official)[:12]}): here\n") == 2
     assert f"{large} (no published sha256): refused, see MEMLIB_SSCD_LARGE_SHA256" in out
     official.unlink()

@@ -11,7 +11,7 @@ from memlib.hub import checkpoints, lists, pictures
 from memlib.hub import fetch as downloads
 from memlib.hub.manifests import load_pairs
 from memlib.hub.names import CHECKPOINTS, checkpoint
-from memlib.measures import OFFICIAL, Network
+from memlib.hub.sscd import OFFICIAL, Network
 from memlib.paths import data_folder
 
 

