@@ -7,7 +7,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from memlib.errors import first_line, nearest, short
-from memlib.files import digest, sha256, verify
+from memlib.files import digest, sha256, verify, whole
 from memlib.hub.lists import LISTS, index_text, list_file, standard
 from memlib.hub.pictures import find_images
 from memlib.paths import LAB, data_folder
@@ -44,7 +43,7 @@ def load_pairs(source: str | Path = "lab", images: str | Path | None = None) -> 
         of the Hub (it is kept in the data folder by its checksum). A row without an id gets one
         (`name_rows`).
     images : a folder of training images named after `prompt_id` or `index`, see
-        `lists.find_images`; a row that names its picture keeps it. For a named list by default
+        `pictures.find_images`; a row that names its picture keeps it. For a named list by default
         where ``memlib fetch`` puts them. What is missing, broken or a placeholder is set aside:
         `image` is "" and `image_note` says why.
 
@@ -55,9 +54,9 @@ def load_pairs(source: str | Path = "lab", images: str | Path | None = None) -> 
     Raises
     ------
     PairsError
-        No such manifest, no caption column, empty or duplicate captions, several captions in a row,
-        text that is not UTF-8, a checksum that is not the published one; where the manifest itself
-        names images, one that is missing, unreadable or all black.
+        No such manifest, no caption column, empty or duplicate captions, text that is not UTF-8, a
+        checksum that is not the published one; where the manifest itself names images, one that is
+        missing, unreadable or all black.
     """
     file = LAB_PAIRS if source == "lab" else list_file(source) if source in LISTS else Path(source)
     if not file.is_file():
@@ -70,13 +69,9 @@ def load_pairs(source: str | Path = "lab", images: str | Path | None = None) -> 
     if source in LISTS and digest(file, "md5") != LISTS[source].md5:
         raise PairsError(f"{file} is not the published list (its md5 differs): delete it and fetch")
     try:
-        pairs = _read(file)
+        pairs = _rename(_read(file), short(file.name))
     except PairsError:
         raise
-    except UnicodeDecodeError as error:
-        raise PairsError(
-            f"{short(file.name)} is not UTF-8 text (byte {error.start}): save it as UTF-8"
-        ) from error
     except (ValueError, OSError, csv.Error) as error:
         reason = short(first_line(error), 150)
         raise PairsError(f"{short(file.name)} cannot be read: {reason}") from error
@@ -100,38 +95,31 @@ def _read(file: Path) -> pd.DataFrame:
         table = pd.read_parquet(file)
         if named := [n for n in table.index.names if n is not None and n not in table]:
             table = table.reset_index(level=named)  # as set_index("index") leaves it
-        return _rename(table, where)
+        return table
     data = file.read_bytes()
     text = data.decode("utf-16" if data[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig")
     if suffix in (".csv", ".tsv"):
-        return _rename(_delimited(text, "\t" if suffix == ".tsv" else ",", where), where)
-    whole = json.loads(text) if text.lstrip()[:1] == "[" else _object(text)
-    if isinstance(whole, list):
-        rows = whole
-    elif isinstance(whole, dict) and _by_columns(whole):  # as pandas' to_json writes it
-        columns = (column.values() for column in whole.values())
-        rows = [dict(zip(whole, row, strict=True)) for row in zip(*columns, strict=True)]
-    else:
+        return _delimited(text, "\t" if suffix == ".tsv" else ",", where)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError:
+        if text.lstrip()[:1] == "[":
+            raise
         rows = [_object(line) for line in text.split("\n") if line.strip()]
+    if isinstance(rows, dict):  # by columns, as pandas' to_json writes it, or one row
+        numbers = {tuple(v) if isinstance(v, dict) else ("",) for v in rows.values()}
+        if len(numbers) == 1 and all(number.isdecimal() for number in numbers.copy().pop()):
+            rows = pd.DataFrame(rows, dtype=object).to_dict("records")
+    rows = rows if isinstance(rows, list) else [rows]
     for n, row in enumerate(rows):
         if not isinstance(row, dict):
             raise PairsError(f"{where}, row {n + 1} is no JSON object with a caption")
-        for item in row.items():
-            if re.search("[\ud800-\udfff]", json.dumps(item, ensure_ascii=False)):
-                raise PairsError(
-                    f"{where}, row {n + 1}: half a character (a lone surrogate) in the "
-                    f"{short(item[0])} {short(item[1])!r}"
-                )
+        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise PairsError(f"{where}, row {n + 1} holds half a character (a lone surrogate)")
     table = pd.DataFrame(rows, dtype=object)  # an index stays whole where another row has none
     others = [c for c in table if c.strip().lower() not in TEXTS]
     table[others] = table[others].infer_objects()
-    return _rename(table, where)
-
-
-def _by_columns(whole: dict) -> bool:
-    """Whether it holds a table's columns, each with the same rows by their numbers."""
-    rows = [tuple(v) if isinstance(v, dict) else () for v in whole.values()]
-    return len(set(rows)) == 1 and all(row.isdecimal() for row in rows[0]) and rows[0] != ()
+    return table
 
 
 def _object(line: str):
@@ -164,19 +152,15 @@ def _delimited(text: str, default: str, where: str) -> pd.DataFrame:
     rows = [row for _, row in read]
     names, width = [name.strip().lower() for name in header], len(header)
     count = [row[0] for row in rows if len(row) == width + 1]
-    if names[:1] == ["caption"] and count in (
-        [str(k + n) for n in range(len(rows))] for k in (0, 1)
-    ):
+    counted = [[str(start + n) for n in range(len(rows))] for start in (0, 1)]
+    if names[:1] == ["caption"] and count in counted:
         rows = [row[1:] for row in rows]
     if all(len(row) > width and not any(row[width:]) for row in rows):
         rows = [row[:width] for row in rows]
     for (line, _), row in zip(read, rows, strict=True):
         if len(row) > width:
-            mark = {",": "comma", ";": "semicolon", "\t": "tab"}.get(separator, separator)
-            raise PairsError(
-                f"{where} has more fields than columns in line {line}: quote captions that hold a "
-                f"{mark}"
-            )
+            hint = f"quote captions that hold {separator!r}"
+            raise PairsError(f"{where} has more fields than columns in line {line}: {hint}")
     plain = io.StringIO(newline="")
     csv.writer(plain).writerows([header, *rows])
     plain.seek(0)
@@ -188,15 +172,10 @@ def _delimited(text: str, default: str, where: str) -> pd.DataFrame:
 
 
 def _separator(text: str, default: str) -> str:
-    """What separates the columns: by the header, for captions are full of it all.
-
-    Of comma, semicolon and tab it is the one that leaves a column `caption`, then the one that
-    leaves most columns, then the usual one.
-    """
+    """What separates the header's columns: what leaves a column `caption`, then most columns."""
 
     def fits(separator: str) -> tuple[bool, int]:
-        reader = csv.reader(io.StringIO(text), delimiter=separator)
-        header = next(filter(None, reader), [])
+        header = next(filter(None, csv.reader(io.StringIO(text), delimiter=separator)), [])
         return "caption" in [name.strip().lower() for name in header], len(header)
 
     return max(dict.fromkeys((default, ",", ";", "\t")), key=fits)  # the first of equals
@@ -219,106 +198,71 @@ def check_pairs(pairs: pd.DataFrame, file: Path) -> pd.DataFrame:
     """Validate a manifest's rows and images; see `load_pairs`. A missing prompt_id is ""."""
     where = short(file.name)
     if "caption" not in pairs:
-        several = [c for c in map(str, pairs.columns) if re.match(r"captions?(_?\d+)?$", c, re.I)]
-        if several:
-            raise PairsError(
-                f"{where} has its captions in {short(', '.join(several))}: name the one that is "
-                "meant 'caption', or make a row of each"
-            )
-        raise PairsError(
-            f"{where} has no column 'caption'{short(nearest('caption', pairs.columns), 160)}"
-        )
+        hint = short(nearest("caption", pairs.columns), 160)
+        raise PairsError(f"{where} has no column 'caption'{hint}")
     if pairs.empty:
         raise PairsError(f"{where} has no rows")
     pairs = pairs.reset_index(drop=True)
-    pairs["caption"] = [
-        _caption(value, f"{where}, row {n + 1}") for n, value in enumerate(pairs.caption)
-    ]
-    for column in set(NAMES) & set(pairs) - {"caption", "image", "retrieved_urls"}:
+    for column in [c for c in NAMES if c in pairs and c not in ("image", "retrieved_urls")]:
         for n, value in enumerate(pairs[column]):
+            if column == "caption" and isinstance(value, list | np.ndarray) and len(value) == 1:
+                pairs.loc[n, column] = value = value[0]
             if isinstance(value, NO_TEXT):
                 kind = type(value).__name__
                 raise PairsError(f"{where}, row {n + 1}: the {column} is no text but {kind}")
+    pairs["caption"] = ["" if pd.isna(value) else str(value) for value in pairs.caption]
+    _refuse(where, pairs.caption, pairs.caption.str.strip() == "", "is empty")
     if "index" in pairs or "overfit_type" in pairs:
         pairs = standard(pairs)
     if "prompt_id" not in pairs:
         pairs.insert(0, "prompt_id", "")
     pairs["prompt_id"] = [v if isinstance(v, str) else index_text(v) for v in pairs.prompt_id]
-    for column in ("prompt_id", "caption"):
-        twice = pairs[column].duplicated() & (pairs[column] != "")
-        if column == "caption" and "group" in pairs:
-            continue  # a published list: its duplicates are kept, and marked
-        if twice.any():
-            n = twice.idxmax()
-            value = short(pairs[column][n])
-            raise PairsError(f"{where}, row {n + 1}: {column} {value!r} stands twice")
+    twice = pairs.prompt_id.duplicated() & (pairs.prompt_id != "")
+    _refuse(where, pairs.prompt_id, twice, "is duplicated")
+    if "group" not in pairs:  # a published list's duplicates are kept, and marked
+        _refuse(where, pairs.caption, pairs.caption.duplicated(), "is duplicated")
     if "multiplicity" in pairs:
-        numbers = pd.to_numeric(pairs.multiplicity, errors="coerce")
-        wrong = numbers.isna() & pairs.multiplicity.notna() & (pairs.multiplicity != "")
-        if wrong.any():
-            n = wrong.idxmax()
-            value = short(pairs.multiplicity[n])
-            raise PairsError(f"{where}, row {n + 1}: multiplicity {value!r} is not a number")
-        pairs["multiplicity"] = numbers
+        given = pairs.multiplicity
+        pairs["multiplicity"] = numbers = pd.to_numeric(given, errors="coerce")
+        _refuse(where, given, numbers.isna() & given.notna() & (given != ""), "is not a number")
     values = pairs["image"] if "image" in pairs else [""] * len(pairs)
-    pairs["image"] = [_image(v, file, f"{where}, row {n + 1}") for n, v in enumerate(values)]
-    for n, name in enumerate(pairs.image):
+    images = []
+    for n, value in enumerate(values):
         try:
-            if name:
-                read_image(name, None)
+            images.append(_image(value, file))
+            if images[n]:
+                read_image(images[n], None)
         except PairsError as error:
             raise PairsError(f"{where}, row {n + 1}: {error}") from error
-    return pairs
+    return pairs.assign(image=images)
 
 
-def _caption(value, where: str) -> str:
-    """A row's one caption as text."""
-    if isinstance(value, list | tuple | np.ndarray):
-        if len(value) > 1:
-            raise PairsError(
-                f"{where}: the caption is a list of {len(value)}: make a row of each "
-                "(pandas' explode), or keep one"
-            )
-        value = value[0] if len(value) else ""
-    if isinstance(value, NO_TEXT):
-        raise PairsError(f"{where}: the caption is no text but {type(value).__name__}")
-    if pd.isna(value) or not str(value).strip():
-        raise PairsError(f"{where}: the caption is empty")
-    return str(value)
+def _refuse(where: str, values: pd.Series, wrong: pd.Series, why: str) -> None:
+    if wrong.any():
+        n = wrong.idxmax()
+        raise PairsError(f"{where}, row {n + 1}: {values.name} {short(values[n])!r} {why}")
 
 
-def _image(value, file: Path, where: str) -> str:
+def _image(value, file: Path) -> str:
     """The path of a row's picture: relative to the manifest, or where its bytes are kept."""
     if isinstance(value, dict) and not isinstance(value.get("bytes"), str):
         keys = ("bytes", "path", "url", "src")  # as in data sets of the Hub and its viewer
         value = next(filter(None, map(value.get, keys)), None)
     if isinstance(value, str) and re.match(r"\s*(\w\w+://|data:)", value):
         raise PairsError(
-            f"{where}: the image is an address, {short(value)!r}: download it and name its file, "
+            f"the image is an address, {short(value)!r}: download it and name its file, "
             "or call the column 'url' and give the folder of the pictures (images=, by id)"
         )
     if isinstance(value, bytes):
-        return str(_keep(value))
+        kept = data_folder("pictures") / hashlib.sha256(value).hexdigest()
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with whole(kept) as partial:
+                partial.write_bytes(value)
+        return str(kept.resolve())
     if isinstance(value, NO_TEXT) or "\0" in str(value):
-        raise PairsError(f"{where}: the image is no path but {type(value).__name__}")
-    if pd.isna(value) or value == "":
-        return ""
-    return str((file.parent / str(value)).resolve())
-
-
-def _keep(picture: bytes) -> Path:
-    """A picture of a list that holds pictures, written once, by its checksum."""
-    file = data_folder("pictures") / hashlib.sha256(picture).hexdigest()
-    if not file.exists():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            partial.write_bytes(picture)
-            os.replace(partial, file)
-        except OSError as error:
-            hint = "MEMLIB_DATA may name another folder"
-            raise PairsError(f"{short(file.parent)}: {error.strerror}; {hint}") from error
-    return file.resolve()
+        raise PairsError(f"the image is no path but {type(value).__name__}")
+    return "" if pd.isna(value) or value == "" else str((file.parent / str(value)).resolve())
 
 
 def name_rows(pairs: pd.DataFrame) -> pd.DataFrame:
