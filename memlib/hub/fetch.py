@@ -37,10 +37,7 @@ from memlib.prompts import FORMATS
 UNSEEN = Look("")
 ROW = dict.fromkeys(("prompt_id", "url", "status", "reason", "file"), "")
 ROW |= {"bytes": 0, "width": 0, "height": 0, "sha256": ""}
-HEADERS = {
-    "User-Agent": f"memlib/{version('memlib')} (research; executable book on memorization)",
-    "Accept-Encoding": "identity",
-}
+AGENT = f"memlib/{version('memlib')} (research; executable book on memorization)"
 LONGEST_WAIT = 60  # seconds; a host that asks for more is left alone for the rest of the run
 GONE = ("HTTP 404", "HTTP 410")
 # What a server calls the picture that it gives in place of one that is gone.
@@ -186,14 +183,15 @@ async def _download(
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         wanted = _one_for_many(folder, rows, todo, groups)
 
 
 async def _item(client: Client, folder: Path, stem: str, urls: list[str], old: dict) -> dict:
     """One item's row: the file that is there, the earlier verdict, or its first usable address."""
     partial = folder / f"{stem}.partial"
-    for _, (suffix, *_) in FORMATS.values():
-        final = folder / f"{stem}{suffix}"
+    for _, endings in FORMATS.values():
+        final = folder / f"{stem}{endings[0]}"
         if final.is_file() and (look := look_at(final)).reason is None:
             url = old["url"] or (urls[0] if len(urls) == 1 else "")
             other = "it came from another address: delete it to fetch it anew"
@@ -219,7 +217,8 @@ async def _item(client: Client, folder: Path, stem: str, urls: list[str], old: d
             rows.append(_row(stem, url, error.status, str(error)))
         finally:
             partial.unlink(missing_ok=True)
-    return max(rows, key=_rank, default=_row(stem, "", "failed", "no address"))
+    none = _row(stem, "", "failed", "no address")  # else the row that is most worth another run
+    return max(rows, key=lambda r: (r["reason"] not in GONE, r["status"] == "failed"), default=none)
 
 
 def _row(
@@ -228,11 +227,6 @@ def _row(
     row = ROW | {"prompt_id": stem, "url": url, "status": status, "reason": reason}
     row["width"], row["height"] = look.size
     return row | ({"bytes": path.stat().st_size, "sha256": sha256(path)} if path else {})
-
-
-def _rank(row: dict) -> int:
-    """Of several addresses' rows the one that says most: 2 is worth another run, 0 is gone."""
-    return 0 if row["reason"] in GONE else 2 if row["status"] == "failed" else 1
 
 
 def _one_for_many(
@@ -331,7 +325,8 @@ class Client:
         self.slots = defaultdict(lambda: asyncio.Semaphore(self.per_host))
         self.ready = defaultdict(float)  # when a host may be asked again
         self.session = aiohttp.ClientSession(
-            headers=HEADERS, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": AGENT, "Accept-Encoding": "identity"},
+            auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(
                 self.total, sock_connect=self.timeout, sock_read=self.timeout
             ),
