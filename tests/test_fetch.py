@@ -28,7 +28,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from memlib.hub import fetch, pictures
+from memlib.hub import fetch
 
 HERE = "127.0.0.1"
 QUICK = {
@@ -755,28 +755,6 @@ def test_a_file_has_the_same_guards(server, tmp_path, path, pattern):
 def test_a_file_needs_a_checksum(tmp_path):
     with pytest.raises(ValueError, match="md5 or sha256"):
         fetch.file("http://127.0.0.1/", tmp_path / "list")
-
-
-def test_local_images(tmp_path):
-    file = tmp_path / "a.txt"  # a name says nothing
-    assert pictures.check_image(file) == "no such file"
-    file.write_bytes(GOOD)
-    assert pictures.check_image(str(file)) is None
-    assert "side below 81" in pictures.check_image(file, 81)
-    deep = np.arange(80 * 80, dtype=np.uint16).reshape(80, 80) + 1000
-    Image.fromarray(deep).save(file, "PNG")  # 16 bits
-    assert pictures.check_image(file) is None
-    Image.fromarray(INK).save(file, "PNG")
-    assert pictures.check_image(file) is None
-    file.write_bytes(b"\0" * 2000)
-    assert "not an image of a known kind" in pictures.check_image(file)
-
-
-def test_a_pillow_without_avif_says_so(tmp_path, monkeypatch):
-    file = tmp_path / "a.avif"
-    file.write_bytes(BODIES["/good.avif"])
-    monkeypatch.setattr(pictures, "readable", lambda: ("JPEG", "PNG"))
-    assert "AVIF picture, which this Pillow cannot read" in pictures.check_image(file)
 
 
 @pytest.mark.parametrize(
