@@ -5,8 +5,6 @@ Functions take `ax=None` and return the axes. Captions and alt text belong to th
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import xarray as xr
-from PIL import Image
 
 from memlib.prompts import copies_or_kind, groups
 
@@ -114,32 +111,3 @@ def sheet(
         axes[i][0].text(-0.12, 0.5, label, parse_math=False, transform=axes[i][0].transAxes,
                         ha="right", va="center", fontsize=7.5)  # fmt: skip
     return figure
-
-
-def animation(frames: Sequence[np.ndarray], alt: str, milliseconds: int = 90, scale: float = 2):
-    """An animated WebP with a still for readers who asked for less motion; HTML for a page.
-
-    `frames` are uint8 [y, x, rgb]; the last one stays for two seconds and is the still.
-    """
-    from html import escape
-
-    from IPython.display import HTML
-
-    def encode(images, **options) -> str:
-        buffer = io.BytesIO()
-        images[0].save(buffer, "WEBP", quality=80, method=4, **options)
-        return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-    images = [
-        Image.fromarray(f).resize(
-            (round(f.shape[1] * scale), round(f.shape[0] * scale)), Image.Resampling.LANCZOS
-        )
-        for f in frames
-    ]
-    times = [milliseconds] * (len(images) - 1) + [2000]
-    moving = encode(images, save_all=True, append_images=images[1:], duration=times, loop=0)
-    return HTML(
-        f'<picture><source media="(prefers-reduced-motion: reduce)" srcset="{encode(images[-1:])}">'
-        f'<img src="{moving}" alt="{escape(alt)}" style="width:100%;max-width:{images[0].width}px">'
-        "</picture>"
-    )

@@ -116,22 +116,6 @@ def to_correlate(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
     return np.isin(kind, ["planted"] if planted else ["memorized", "template", "control"])
 
 
-def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
-    """What the text of a chapter calls the prompts: "the … prompts" and "prompts …"."""
-    if "planted" in np.asarray(prompts["kind"]):
-        most = copies(prompts)[most_copied(prompts)][0]
-        return {
-            "graded": "planted",
-            "most": f"with {most:g} copies",
-            "known": "with 8 copies or more",
-            "between": "with 8 and 16 copies",
-            "fewer": "with 16 copies",
-        }
-    kinds = dict.fromkeys(("most", "known"), "of kind memorized")
-    kinds |= dict.fromkeys(("between", "fewer"), "of kind template")
-    return kinds | {"graded": "memorized, template and control"}
-
-
 def copies_or_kind(prompts: pd.DataFrame | xr.Dataset) -> tuple[np.ndarray, list[str]]:
     """A label for each prompt, its copies if it was planted, else its kind; all labels in order."""
     kind, multiplicity = np.asarray(prompts["kind"]), copies(prompts)

@@ -251,7 +251,7 @@ def test_a_full_disk_is_one_line(root, monkeypatch, build):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("memlib.files.os.replace", full)
+    monkeypatch.setattr("memlib.hub.files.os.replace", full)
     status, _, err = build()
     assert status == 1
     assert "No space left" in err

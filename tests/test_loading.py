@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 
 import memlib
 from memlib.errors import ModelError
-from memlib.files import sha256
+from memlib.hub.files import sha256
 from memlib.hub import names, weights
 from memlib.paths import CONFIGS
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import memlib
-from memlib.files import code
+from memlib.hub.files import code
 from memlib.paths import ROOT
 from memlib.runs import cache
 

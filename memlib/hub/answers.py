@@ -18,7 +18,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from memlib.errors import ModelError
-from memlib.files import sha256, whole
+from memlib.hub.files import sha256, whole
 from memlib.models import DiffusersModel
 from memlib.paths import cache_folder
 

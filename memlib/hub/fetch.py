@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from memlib.errors import first_line, short
-from memlib.files import digest, sha256, whole
+from memlib.hub.files import digest, sha256, whole
 from memlib.hub.pictures import SET_ASIDE, SHARED, Look, look_at, one_for_many, shared_note
 from memlib.prompts import FORMATS
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from memlib.errors import first_line, nearest, short
-from memlib.files import digest, sha256, verify, whole
+from memlib.hub.files import digest, sha256, verify, whole
 from memlib.hub.lists import LISTS, index_text, list_file, standard
 from memlib.hub.pictures import find_images
 from memlib.paths import LAB, data_folder
@@ -152,8 +152,7 @@ def _delimited(text: str, default: str, where: str) -> pd.DataFrame:
     rows = [row for _, row in read]
     names, width = [name.strip().lower() for name in header], len(header)
     count = [row[0] for row in rows if len(row) == width + 1]
-    counted = [[str(start + n) for n in range(len(rows))] for start in (0, 1)]
-    if names[:1] == ["caption"] and count in counted:
+    if names[:1] == ["caption"] and count in [[*map(str, range(k, len(rows) + k))] for k in (0, 1)]:
         rows = [row[1:] for row in rows]
     if all(len(row) > width and not any(row[width:]) for row in rows):
         rows = [row[:width] for row in rows]
@@ -255,8 +254,8 @@ def _image(value, file: Path) -> str:
         )
     if isinstance(value, bytes):
         kept = data_folder("pictures") / hashlib.sha256(value).hexdigest()
+        kept.parent.mkdir(parents=True, exist_ok=True)
         if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
             with whole(kept) as partial:
                 partial.write_bytes(value)
         return str(kept.resolve())

@@ -6,29 +6,28 @@ import json
 import os
 import re
 import shutil
-import tarfile
 import tempfile
 import warnings
-import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from tarfile import TarError
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import pandas as pd
 from PIL import Image
 
 from memlib.errors import first_line, short
-from memlib.files import sha256
+from memlib.hub.files import sha256
 from memlib.hub.lists import index_text, near_duplicates
 from memlib.prompts import FORMATS, PairsError, readable, to_rgb
 
 ENDINGS = tuple(ending for _, endings in FORMATS.values() for ending in endings)
 BESIDE = (".json", ".txt")  # of these endings is what says whose a picture is
 PACKS = (".tar", ".tar.gz", ".tgz", ".zip", ".parquet")
-DAMAGED = (shutil.ReadError, zipfile.BadZipFile, zlib.error, tarfile.TarError)
 SET_ASIDE = "set-aside"  # a folder of placeholders beside downloaded pictures
 SHARED = "a placeholder: the same picture came for "
 
@@ -81,10 +80,10 @@ def find_images(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
             ids = pd.Series([str(start + n) for n in range(len(table))], table.index)
         numbers = ids
     taken = {*ids, *numbers}
-    urls = table["url"] if "url" in table else [""] * len(table)
-    urls = [url if isinstance(url, str) else "" for url in urls]
-    own = list(table["image"]) if "image" in table else [""] * len(table)
-    images, notes = own.copy(), [""] * len(table)
+    blank = [""] * len(table)
+    urls = [url if isinstance(url, str) else "" for url in table.get("url", blank)]
+    own = list(table.get("image", blank))
+    images, notes = own.copy(), blank.copy()
     every = zip(own, urls, table.caption, ids, numbers, strict=True)
     for n, (image, url, caption, *names) in enumerate(every):
         if image:
@@ -200,13 +199,7 @@ def shared_note(others: Iterable[str]) -> str:
 
 
 def copy_pictures(source: Path, folder: Path) -> None:
-    """Copy the pictures in a folder and below it, and what is said beside them.
-
-    Raises
-    ------
-    ValueError
-        `folder` is `source` or lies in it, or `source` holds archives and no pictures.
-    """
+    """Copy the pictures in a folder and below it, and what is said beside them."""
     if folder.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"the images are to be copied to {folder}, which is in {source} itself")
     found = pictures_below(source)
@@ -230,7 +223,7 @@ def unpack(archive: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
         try:
             shutil.unpack_archive(archive, unpacked, **safe)
-        except (*DAMAGED, EOFError, RuntimeError) as error:
+        except (OSError, EOFError, RuntimeError, BadZipFile, TarError, zlib.error) as error:
             reason = short(first_line(error), 120)
             raise ValueError(f"archive {short(archive)} cannot be unpacked: {reason}") from error
         copy_pictures(Path(unpacked), folder)

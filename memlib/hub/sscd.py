@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from memlib.errors import first_line
-from memlib.files import sha256
+from memlib.hub.files import sha256
 from memlib.measures import MEASURES, Measure, similarity  # noqa: F401, with these measures
 from memlib.paths import data_folder
 

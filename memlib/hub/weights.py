@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from memlib.errors import ModelError, first_line, nearest
-from memlib.files import sha256, verify
 from memlib.hub import checkpoints
 from memlib.hub.checkpoints import PARTS, TENSORS, takes_half
+from memlib.hub.files import sha256, verify
 from memlib.hub.names import NAMES, Checkpoint
 from memlib.models import quiet
 from memlib.paths import CONFIGS, LAB

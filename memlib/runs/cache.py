@@ -14,8 +14,8 @@ import xarray as xr
 from filelock import FileLock
 
 from memlib.errors import renamed
-from memlib.files import code
 from memlib.hub.answers import leave_card, of_hub
+from memlib.hub.files import code
 from memlib.paths import ROOT, cache_folder
 from memlib.runs import tracing
 from memlib.runs.store import Run, StoreError, prompt_rows

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from memlib.files import whole
 from memlib.findings import deviations
 from memlib.hub.answers import leave_card
+from memlib.hub.files import whole
 from memlib.hub.lists import webster
 from memlib.hub.loading import load
 from memlib.hub.manifests import load_pairs

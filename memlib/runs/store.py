@@ -29,7 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 from zarr.storage import WrapperStore
 
 from memlib.errors import first_line, short
-from memlib.files import sha256
+from memlib.hub.files import sha256
 from memlib.runs import plan as plans
 from memlib.runs.plan import COPY, DIMS, PLAN, SCHEMA, StoreError, Task, digest, dump
 
@@ -115,12 +115,17 @@ class Run:
     def _alone(self, begun: bool = True):
         """Writing, alone among the processes that see this folder."""
         with self._told("written", OSError, f"{KEPT}, and run the same command again"):
-            if begun and not self.fs.exists(f"{self.root}/{PLAN}"):  # a lock makes the folder anew
+            if begun and not self.fs.exists(f"{self.root}/{PLAN}"):
                 raise StoreError(
                     f"{self.address} has vanished (an unmounted disk, a deleted folder?): put it "
                     "back and run the same command again, and only what is missing is recorded"
                 )
-            with FileLock(self.folder / ".lock") if self.folder else contextlib.nullcontext():
+            if not self.folder:
+                yield
+                return
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / ".lock"):
+                (self.folder / ".work").mkdir(exist_ok=True)
                 yield
 
     def _get(self, key: str) -> bytes | None:
@@ -134,7 +139,6 @@ class Run:
                 self.fs.pipe_file(f"{self.root}/{key}", data)
                 continue
             apart, target = self.folder / ".work" / "file", self.folder / key
-            apart.parent.mkdir(exist_ok=True)
             target.parent.mkdir(exist_ok=True)
             with open(apart, "wb") as file:
                 file.write(data)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+import io
+from collections.abc import Callable, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from memlib import load, load_pairs
-from memlib.prompts import by_memorization, groups, in_words
+from memlib.prompts import by_memorization, copies, groups, most_copied
 
 
 def glue(**values: Any) -> None:
@@ -57,3 +61,46 @@ def begin(model: str, pairs: str, every: int = 1) -> Setting:
     prompts = listed.query("image != ''").iloc[::every]
     glue(left_out=(listed.image == "").sum(), listed=len(listed), **in_words(prompts))
     return Setting(load(model), prompts, groups(prompts), *by_memorization(prompts))
+
+
+def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
+    """What the text of a chapter calls the prompts: "the … prompts" and "prompts …"."""
+    if "planted" in np.asarray(prompts["kind"]):
+        most = copies(prompts)[most_copied(prompts)][0]
+        return {
+            "graded": "planted",
+            "most": f"with {most:g} copies",
+            "known": "with 8 copies or more",
+            "between": "with 8 and 16 copies",
+            "fewer": "with 16 copies",
+        }
+    kinds = dict.fromkeys(("most", "known"), "of kind memorized")
+    kinds |= dict.fromkeys(("between", "fewer"), "of kind template")
+    return kinds | {"graded": "memorized, template and control"}
+
+
+def animation(frames: Sequence[np.ndarray], alt: str, milliseconds: int = 90, scale: float = 2):
+    """An animated WebP with a still for readers who asked for less motion; HTML for a page.
+
+    `frames` are uint8 [y, x, rgb]; the last one stays for two seconds and is the still.
+    """
+    from IPython.display import HTML
+
+    def encode(images, **options) -> str:
+        buffer = io.BytesIO()
+        images[0].save(buffer, "WEBP", quality=80, method=4, **options)
+        return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+    images = [
+        Image.fromarray(f).resize(
+            (round(f.shape[1] * scale), round(f.shape[0] * scale)), Image.Resampling.LANCZOS
+        )
+        for f in frames
+    ]
+    times = [milliseconds] * (len(images) - 1) + [2000]
+    moving = encode(images, save_all=True, append_images=images[1:], duration=times, loop=0)
+    return HTML(
+        f'<picture><source media="(prefers-reduced-motion: reduce)" srcset="{encode(images[-1:])}">'
+        f'<img src="{moving}" alt="{escape(alt)}" style="width:100%;max-width:{images[0].width}px">'
+        "</picture>"
+    )

@@ -11,7 +11,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 
 from memlib import HOMES, RENAMED
-from memlib.files import code
+from memlib.hub.files import code
 
 # Imports are followed through the core, these rooms and this module. The other modules bring and
 # keep numbers, they do not make them: one counts only where a chapter itself names it.

@@ -19,7 +19,7 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from traitlets.config import Config
 
-from memlib.files import whole
+from memlib.hub.files import whole
 from memlib.site import digest
 from memlib.site.chapters import BookError, tagged
 
