@@ -124,12 +124,8 @@ def _first_number(stems: Iterable[str], rows: int) -> int | None:
 def _archives(folder: Path) -> str:
     """What to do with the archives in a folder, as img2dataset leaves them; "" if it has none."""
     names = [f.name for f in folder.rglob("*") if f.name.lower().endswith(PACKS)]
-    if not names:
-        return ""
-    return (
-        f": the folder holds archives ({short(min(names), 40)}); unpack them, or take them into a "
-        "published list by memlib fetch LIST --images ARCHIVE (zip or tar)"
-    )
+    hint = "unpack them, or take them into a published list by memlib fetch LIST --images ARCHIVE"
+    return f": the folder holds archives ({short(min(names), 40)}); {hint}" if names else ""
 
 
 def _plain_number(name: object) -> str:
@@ -165,8 +161,8 @@ def one_for_many(
     - two prompts whose captions differ by more than case and punctuation (`near_duplicates`), or
     - where the captions are not known, three addresses.
 
-    The rule would rather lose a picture, which is counted and named in the report, than keep a
-    placeholder, with which every result of its prompt is wrong, and nobody sees it.
+    The rule would rather lose a picture, which the report names, than keep a placeholder, with
+    which every result of its prompt is wrong, and nobody sees it.
 
     Parameters
     ----------
@@ -219,14 +215,14 @@ def unpack(archive: Path, folder: Path) -> None:
     Nothing is written outside `folder`, whatever paths and links the archive holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # a zip is always read so
-    with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
         try:
-            shutil.unpack_archive(archive, unpacked, **safe)
+            safe = None if archive.suffix == ".zip" else "data"  # a zip is always read so
+            shutil.unpack_archive(archive, place, filter=safe)
         except (OSError, EOFError, RuntimeError, BadZipFile, TarError, zlib.error) as error:
             reason = short(first_line(error), 120)
             raise ValueError(f"archive {short(archive)} cannot be unpacked: {reason}") from error
-        copy_pictures(Path(unpacked), folder)
+        copy_pictures(Path(place), folder)
 
 
 def check_image(path: str | Path, min_side: int = 64) -> str | None:
