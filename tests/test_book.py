@@ -59,7 +59,7 @@ def execute(root: Path, profile: str = "full", assignments: str = "") -> list[st
 @pytest.fixture
 def build(root, monkeypatch, capfd):
     """`memlib book` in that folder: its status, what it printed, its errors."""
-    monkeypatch.setattr("memlib.site.commands.ROOT", root)
+    monkeypatch.setattr("memlib.cli.book.ROOT", root)
 
     def build(*arguments: str) -> tuple[int, str, str]:
         return cli.main(["book", *arguments]), *capfd.readouterr()

@@ -13,9 +13,9 @@ from PIL import Image
 
 import memlib
 from memlib import cli, measures
+from memlib.cli.trace import write_table
 from memlib.models import ModelError
 from memlib.paths import LAB, cache_folder
-from memlib.runs.commands import write_table
 
 
 def one_line(error, pattern):

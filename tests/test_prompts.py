@@ -16,12 +16,12 @@ from PIL import Image
 
 import memlib
 from memlib import cli, measures
+from memlib.cli.fetch import addresses
+from memlib.cli.trace import default_pairs
 from memlib.hub import lists, sscd
 from memlib.hub.checkpoints import VAE_REVISION
-from memlib.hub.commands import addresses
 from memlib.hub.names import CHECKPOINTS
 from memlib.prompts import PairsError
-from memlib.runs.commands import default_pairs
 
 LAB = memlib.load_pairs("lab").query("kind == 'planted'").reset_index(drop=True)
 

@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from memlib.hub import doctor as here
-from memlib.hub.doctor import line
+from memlib.cli import doctor as here
+from memlib.cli.doctor import line
 from memlib.runs import cost
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``memlib trace | verify | fetch | book | doctor``."""
+"""The command line: ``memlib trace | verify | fetch | book | doctor``, each in a module here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         return added.add_argument
 
     add = command(
-        "trace", "memlib.runs.commands",
+        "trace", "memlib.cli.trace",
         "Sample every prompt with every seed, as far as it is not recorded yet.",
     )  # fmt: skip
     add("--model", default="lab", help=NAMES)
@@ -73,13 +73,13 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=positive, help="of each worker; the cores are divided by default")
 
     add = command(
-        "verify", "memlib.runs.verify",
+        "verify", "memlib.cli.verify",
         "Compare recorded runs with their checksums; without an address, all that the book made.",
     )  # fmt: skip
     add("addresses", nargs="*", help="folders or fsspec addresses of runs")
 
     add = command(
-        "fetch", "memlib.hub.commands",
+        "fetch", "memlib.cli.fetch",
         "Bring a published list and its training images, a model's weights, or the official SSCD.",
     )  # fmt: skip
     add(
@@ -95,17 +95,17 @@ def parser() -> argparse.ArgumentParser:
     add("--sha256", help="of an official SSCD file: sscd-large needs it, for sscd it replaces ours")
 
     text = "Execute the chapters that changed and build the site."
-    add = command("book", "memlib.site.commands", text)
+    add = command("book", "memlib.cli.book", text)
     add("--model", help=NAMES)
     add("--profile", default="full", help="full, or one of book/profiles.toml")
     add("--set", default="", help='parameters: "name=value chapter.name=value"')
 
     add = command(
-        "doctor", "memlib.runs.doctor",
+        "doctor", "memlib.cli.hardware",
         "What is installed, on which device, what can be run and how long it would take.",
     )  # fmt: skip
     add(
-        "--quick", action="store_const", dest="module", const="memlib.hub.doctor",
+        "--quick", action="store_const", dest="module", const="memlib.cli.doctor",
         help="without torch: what is installed and what is here",
     )  # fmt: skip
     return top
@@ -126,7 +126,3 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
