@@ -134,5 +134,5 @@ def test_earlier_checkpoints_load_and_differ():
     lab = memlib.load("lab")
     folders = sorted((memlib.paths.LAB / "checkpoints").glob("step-*"))
     assert len(folders) == 3
-    prints = {lab.checkpoint(f).fingerprint for f in folders}
+    prints = {memlib.training_step(lab, f).fingerprint for f in folders}
     assert len(prints | {lab.fingerprint}) == 4

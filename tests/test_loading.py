@@ -16,8 +16,8 @@ from transformers import CLIPTokenizer
 
 import memlib
 from memlib.errors import ModelError
-from memlib.hub.files import sha256
 from memlib.hub import names, weights
+from memlib.hub.files import sha256
 from memlib.paths import CONFIGS
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
