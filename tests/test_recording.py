@@ -1,26 +1,31 @@
-"""Many workers, one run: processes and Ray actors that die, fail, or are interrupted."""
+"""Many workers, one run: workers that die, hang, fail, or are interrupted."""
 
 import contextlib
-import multiprocessing
+import inspect
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
+import xarray as xr
 from test_store import one_line, same
 
 import memlib
 from memlib import cli
 from memlib.models import ModelError
-from memlib.runs.work import Here, LostWorkerError, OnRay, Processes
+from memlib.runs import engines, work
+from memlib.runs.engines import InProcess, Job, OnRay
+from memlib.runs.store import Task
 
-record = sys.modules["memlib.runs.work"]
 SEEDS, PROMPTS = 4, 6
 SMALL = dict(seeds=range(SEEDS), steps=3, similarity="ncc", batch_size=4, threads=1, progress=False)
 COMMAND = f"trace --prompts {PROMPTS} --seeds {SEEDS} --steps 3 --severity ncc --batch-size 4"
@@ -53,132 +58,145 @@ def memlib_command(*arguments, **more) -> subprocess.Popen:
     )
 
 
-# -------------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------------- workers in trouble
 
 
-def test_two_workers_and_a_killed_one(lab, pairs, whole, tmp_path, monkeypatch):
-    """A worker is killed with a task in hand; another does it; bit by bit as from one process."""
-    killed, submit = [], Processes.submit
-
-    def kill(self, task, rows, seeds):
-        submit(self, task, rows, seeds)
-        if task.number == 4 and not killed:  # sent when the first results are back
-            (worker,) = (w for w in self.workers if 4 in w["tasks"])
-            killed.append(worker["process"].pid)
-            os.kill(killed[0], signal.SIGKILL)
-
-    monkeypatch.setattr(Processes, "submit", kill)
-    summary = memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", workers=2, **SMALL)
-    assert killed
-    assert (summary.done, summary.failed) == (PROMPTS, {})
-    same(tmp_path / "run", whole)
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    """Ray, started once for the tests that do not start their own; it believes in two GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES")
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setenv("MEMLIB_PROGRESS", "a file of the parent")
+        patch.setenv("ONCE", str(tmp_path_factory.mktemp("once")))
+        ray, own = engines.connect(2, None)
+    assert own
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield ray
+    ray.shutdown()
 
 
-def deadly(
-    model, pairs, seeds=range(10), guidance_scale=7.5, sampler="ddim", steps=50, similarity="sscd",
-    images=True, batch_size=20, progress=True,
-):  # fmt: skip
-    """As `reverse_trace`, but one prompt kills the process, as a lack of memory would."""
-    if "planted-001-1" in list(pairs.prompt_id):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return memlib.reverse_trace(
-        model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size,
-        progress,
-    )  # fmt: skip
+class OddError(Exception):
+    """It cannot be unpickled: its own arguments are not those of its message."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
 
 
-def test_a_task_that_kills_its_worker(lab, pairs, tmp_path, monkeypatch):
-    """It is given up after three attempts and named; what waited behind it is recorded."""
-    sent, submit = [], Processes.submit
-
-    def note(self, task, rows, seeds):
-        sent.append(task.number)
-        submit(self, task, rows, seeds)
-
-    monkeypatch.setattr(Processes, "submit", note)
-    devices = record.devices
-    monkeypatch.setattr(record, "devices", lambda recipe, workers: devices(recipe, 2)[:1])
-    summary = memlib.record(
-        deadly, model=lab, pairs=pairs, address=tmp_path / "run", workers=2, **SMALL
-    )
-    assert sent.count(1) == 3
-    assert summary.done == PROMPTS - 1
-    assert summary.failed == {"planted-001-1": "its worker died (exit -9)"}
-    report = memlib.verify(tmp_path / "run")
-    assert (report.ok, report.done, report.missing) == (True, PROMPTS - 1, 1)
+def once(name: str) -> bool:
+    """True for the first who asks, in whatever process."""
+    with contextlib.suppress(FileExistsError):
+        Path(os.environ["ONCE"], name).touch(exist_ok=False)
+        return True
+    return False
 
 
-def hanging(
-    model, pairs, seeds=range(10), guidance_scale=7.5, sampler="ddim", steps=50, similarity="sscd",
-    images=True, batch_size=20, progress=True,
-):  # fmt: skip
-    """As `reverse_trace`, but the first process that samples the second prompt stops for ever."""
-    if "planted-001-1" in list(pairs.prompt_id):
-        with contextlib.suppress(FileExistsError):
-            Path(os.environ["HANGING"]).touch(exist_ok=False)
-            os.kill(os.getpid(), signal.SIGSTOP)
-    return memlib.reverse_trace(
-        model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size,
-        progress,
-    )  # fmt: skip
+def troubled(model, pairs, **settings):
+    """As `reverse_trace`, with a trouble of its own for some prompts."""
+    (name, *_) = [*pairs.prompt_id, ""]
+    if name == "planted-001-1" or (name == "planted-001-3" and once("kills")):
+        os.kill(os.getpid(), signal.SIGKILL)  # as a lack of memory would
+    if name == "planted-001-2" and once("hangs"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if name == "planted-001-4":
+        raise OddError("flesh", "fell")
+    return memlib.reverse_trace(model, pairs, **settings)
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
-def test_a_worker_that_hangs(lab, pairs, whole, tmp_path, monkeypatch, engine):
-    """It holds up nobody: another does its task, too, and it is ended with the rest."""
-    if engine == "ray":
-        pytest.importorskip("ray")
-        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # its workers find `hanging`
-    monkeypatch.setenv("HANGING", str(tmp_path / "hangs"))
-    monkeypatch.setattr(record, "GRACE", 1.0)
-    kind, sent = Processes if engine == "local" else OnRay, []
-    submit = kind.submit
+troubled.__signature__ = inspect.signature(memlib.reverse_trace)
 
-    def note(self, task, *more):
-        sent.append(task.number)
-        submit(self, task, *more)
 
-    monkeypatch.setattr(kind, "submit", note)
-    summary = memlib.record(
-        hanging, model=lab, pairs=pairs, address=tmp_path / "run", engine=engine, workers=2, **SMALL
-    )
-    assert (tmp_path / "hangs").exists()
-    assert (summary.done, summary.failed) == (PROMPTS, {})
-    assert sent.count(1) == 2
-    assert set(sent) == set(range(PROMPTS))
-    if engine == "local":
-        assert multiprocessing.active_children() == []
-    # the function's name is in the plan, and in what the checksums are of
-    ours, theirs = memlib.open_run(tmp_path / "run").load(), memlib.open_run(whole).load()
+def same_values(folder: Path, whole: Path, prompts: list[str]) -> None:
+    """Bit by bit; the function's name is in the plan, and in what the checksums are of."""
+    ours, theirs = (memlib.open_run(f).sel(prompt=prompts).load() for f in (folder, whole))
     assert all(ours[n].values.tobytes() == theirs[n].values.tobytes() for n in theirs.variables)
 
 
-def test_what_comes_second_is_dropped(lab, pairs, whole, tmp_path, monkeypatch):
-    """A late task is in two hands; the first result counts, an error only if both have one."""
-    monkeypatch.setattr(record, "LATE", 0.0)
-    real, held, sent = Here.submit, [], []
+def test_workers_in_trouble(session, lab, pairs, whole, tmp_path, monkeypatch, capfd):
+    """One is killed, one hangs, an error cannot travel, and one prompt kills whoever has it.
 
-    class Two(Here):
-        """Keeps the answers of the last task until there are two, and adds errors around them."""
+    The last is given up after three attempts; all others are recorded, bit by bit as from one
+    process, and Ray keeps quiet about it.
+    """
+    sent, submit = [], OnRay.submit
+
+    def note(self, task, *more):
+        sent.append(task.number)
+        return submit(self, task, *more)
+
+    monkeypatch.setattr(OnRay, "submit", note)
+    summary = memlib.record(
+        troubled, model=lab, pairs=pairs, address=tmp_path / "run", workers=2, **SMALL
+    )
+    assert summary.failed == {
+        "planted-001-1": "its worker died 3 times",
+        "planted-001-4": "test_recording.OddError: flesh and fell",
+    }
+    assert summary.done == PROMPTS - 2
+    assert sent.count(2) == 2  # the one that hangs
+    assert set(sent) == {*range(PROMPTS)}
+    assert capfd.readouterr() == ("", "")
+    report = memlib.verify(tmp_path / "run")
+    assert (report.ok, report.done, report.missing) == (True, PROMPTS - 2, 2)
+    same_values(tmp_path / "run", whole, [p for p in pairs.prompt_id if p not in summary.failed])
+
+
+class Pretended(Job):
+    """A job without a model: its traces say where they were made."""
+
+    def load(self):
+        return threading.Barrier(2)
+
+    def sample(self, model, rows, seeds, batch_size):
+        def finish():
+            model.wait(60)  # for the next, which is sampled meanwhile
+            return xr.Dataset(attrs={n: os.environ.get(n) for n in names})
+
+        names = ("CUDA_VISIBLE_DEVICES", "MEMLIB_PROGRESS")
+        return finish
+
+
+def test_two_gpus(session, pairs):
+    """Each worker has its own, and two tasks: one is finished while the next is sampled."""
+    pool = OnRay(Pretended(troubled, {}, {"device": "cuda"}, 1), 2)
+    futures = []
+    while pool._idle(2) != pool.workers:
+        time.sleep(0.1)
+    for n in range(4):
+        assert pool.room(3)
+        futures.append(pool.submit(Task(n, (n,), (0,), 4), pairs, [0]))
+    assert not pool.room(0)
+    found = [pool.result(future).attrs for future in futures if future.exception() is None]
+    pool.close()
+    assert sorted(a["CUDA_VISIBLE_DEVICES"] for a in found) == ["0", "0", "1", "1"]
+    assert [a["MEMLIB_PROGRESS"] for a in found] == [None] * 4
+
+
+def test_what_comes_second_is_dropped(lab, pairs, whole, tmp_path, monkeypatch):
+    """A slow task is with two workers; the first result counts, an error only if both have one."""
+    monkeypatch.setattr(work, "STRAGGLER", 0.0)
+    slow, sent, taken = Future(), [], []
+
+    class Two(InProcess):
+        """The last task is slow, and ends with an error when it was begun once more."""
 
         def room(self, left):
-            return not self.waiting and len(held) < 2
+            return super().room(left) or len(sent) == len(taken) + 1 == PROMPTS
 
         def submit(self, task, *more):
             sent.append(task.number)
-            real(self, task, *more)
-            if task.number == PROMPTS - 1:
-                held.append(self.waiting.pop())
+            if sent.count(PROMPTS - 1) == 1:
+                return slow
+            future = super().submit(task, *more)
+            if len(sent) > PROMPTS:
+                slow.set_exception(ValueError("the slow one"))
+            return future
 
-        def wait(self):
-            if len(held) != 2:
-                yield from super().wait()
-                return
-            (task, future), late = held[0], ValueError("the late one")
-            held.append(None)
-            yield from ((task, late), (task, future.result()), (task, late))
+        def result(self, future):
+            taken.append(future)
+            return super().result(future)
 
-    monkeypatch.setattr(record, "Here", Two)
+    monkeypatch.setattr(engines, "InProcess", Two)
     summary = memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", **SMALL)
     assert sent == [*range(PROMPTS), PROMPTS - 1]
     assert (summary.done, summary.failed) == (PROMPTS, {})
@@ -186,7 +204,7 @@ def test_what_comes_second_is_dropped(lab, pairs, whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [None, 2])
-def test_a_failure_costs_its_task_alone(lab, pairs, whole, tmp_path, capsys, workers):
+def test_a_failure_costs_its_task_alone(session, lab, pairs, whole, tmp_path, capsys, workers):
     """An image that cannot be read is named; mended, the same command records it, nothing else."""
     shutil.copytree(Path(pairs.image[0]).parent, tmp_path / "images")
     names = [Path(f).name for f in pairs.image]
@@ -202,7 +220,7 @@ def test_a_failure_costs_its_task_alone(lab, pairs, whole, tmp_path, capsys, wor
     assert summary.done == PROMPTS - 1
     ((name, reason),) = summary.failed.items()
     assert name == loaded.prompt_id[2]
-    assert f"image {picture} cannot be decoded" in reason
+    assert f"{names[2]} cannot be decoded" in reason
     assert "5 pieces recorded, 0 were there, 1 failed" in str(summary).splitlines()[0]
     assert str(summary).splitlines()[1].strip().startswith(f"{name}: image")
     picture.write_bytes(content)
@@ -232,37 +250,6 @@ def test_a_failure_costs_its_prompt_alone(lab, pairs, tmp_path, monkeypatch, bad
     assert memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", **together).done == 1
     memlib.record(model=lab, pairs=pairs, address=tmp_path / "whole", **together)
     same(tmp_path / "run", tmp_path / "whole")
-
-
-class OddError(Exception):
-    """It cannot be unpickled: its own arguments are not those of its message."""
-
-    def __init__(self, first, second):
-        super().__init__(f"{first} and {second}")
-
-
-def odd(
-    model, pairs, seeds=range(10), guidance_scale=7.5, sampler="ddim", steps=50, similarity="sscd",
-    images=True, batch_size=20, progress=True,
-):  # fmt: skip
-    """As `reverse_trace`, but every prompt fails, one of them with an odd error."""
-    if "planted-001-1" in list(pairs.prompt_id):
-        raise OddError("flesh", "fell")
-    if len(pairs):
-        raise ValueError("plain")
-    return memlib.reverse_trace(
-        model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size,
-        progress,
-    )  # fmt: skip
-
-
-def test_an_error_that_cannot_travel(lab, pairs, tmp_path):
-    summary = memlib.record(
-        odd, model=lab, pairs=pairs.iloc[:2], address=tmp_path / "run", workers=2, **SMALL
-    )
-    assert summary.failed == {
-        pairs.prompt_id[0]: "plain", "planted-001-1": "OddError: flesh and fell",
-    }  # fmt: skip
 
 
 def test_failure_is_the_exit_status(lab, pairs, whole, tmp_path, monkeypatch, capsys):
@@ -299,14 +286,14 @@ def test_strict_raises(lab, pairs, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------- interrupt
 
 
-def session(leader: int) -> list[int]:
+def session_of(leader: int) -> list[str]:
     """The living processes of a session."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, _, owner = stat.read_text().rpartition(")")[2].split()[:4]
             if int(owner) == leader and state != "Z":
-                found.append(int(stat.parent.name))
+                found.append(stat.with_name("cmdline").read_text().replace("\0", " "))
     return found
 
 
@@ -325,7 +312,9 @@ def test_interrupted(tmp_path, when, how):
     command = f"{COMMAND} --prompts 60 --workers 2 --store {folder}".split()
     with memlib_command(*command, start_new_session=True) as process:
         wanted = "plan.json" if when == "workers load" else "sha256/1.0.0.0"
-        while not (folder / wanted).exists() or len(session(process.pid)) < 4:  # workers, too
+        while not (folder / wanted).exists() or not any(
+            "Worker" in p for p in session_of(process.pid)
+        ):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         time.sleep(0.5)
@@ -338,10 +327,11 @@ def test_interrupted(tmp_path, when, how):
         assert process.returncode == 130
         assert errors.strip() == "interrupted: what was complete is kept"
         assert not (folder / ".work").exists()
-    deadline = time.monotonic() + 20  # a worker notices when it has finished its task
-    while session(process.pid) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30
+    # after SIGKILL two processes of Ray that do not work look for a minute where it is
+    while left := [p for p in session_of(process.pid) if how == signal.SIGINT or "Agent" not in p]:
+        assert time.monotonic() < deadline, left
         time.sleep(0.1)
-    assert session(process.pid) == []
     report = memlib.verify(folder)
     assert report.ok
     assert (report.done > 0) == (when == "workers sample")
@@ -351,32 +341,27 @@ def test_interrupted(tmp_path, when, how):
 # ------------------------------------------------------------------------------------- settings
 
 
-def test_devices(monkeypatch):
+def test_local_workers(monkeypatch):
     """All GPUs that are visible, unless fewer are asked for; on a CPU one process, or several."""
     free, fixed, cpu = ({"device": d} for d in (None, "cuda:1", "cpu"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    count = engines.local_workers
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert record.devices(free, None) == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
-    assert record.devices(free, 2) == ["cuda:0", "cuda:1"]
-    assert record.devices(free, 1) == record.devices(fixed, None) == []  # this process will do
-    assert record.devices(cpu, None) == []
-    assert record.devices(cpu, 3) == ["cpu"] * 3
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert record.devices(free, None) == []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [count(free, n) for n in (None, 1, 2, 9)] == [4, 1, 2, 4]
+    assert count(fixed, None) == count(fixed, 3) == count(cpu, None) == 1  # this process will do
+    assert count(cpu, 3) == 3
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert record.devices(free, None) == []
-    assert record.devices(free, 2) == ["cpu"] * 2
+    assert [count(free, n) for n in (None, 2)] == [1, 2]
+    assert count(None, None) == 1
 
 
 @pytest.mark.parametrize(("threads", "each"), [(None, 4), (3, 3)])
 def test_threads_are_divided(lab, monkeypatch, threads, each):
-    monkeypatch.setattr(record, "cores", lambda: 8)
-    monkeypatch.setattr(record, "Processes", lambda jobs: jobs)
-    job = record.Job(memlib.reverse_trace, {}, lab.recipe | {"device": "cpu"}, threads)
-    jobs = record._engine(job, lab, "local", 2, None)
-    assert [(j.threads, j.recipe["device"]) for j in jobs] == [(each, "cpu")] * 2
-    assert isinstance(record._engine(job, lab, "local", None, None), Here)
+    monkeypatch.setattr(engines, "cores", lambda: 8)
+    monkeypatch.setattr(engines, "OnRay", lambda *arguments: arguments)
+    job = Job(memlib.reverse_trace, {}, lab.recipe | {"device": None}, threads)
+    job, count, address = engines.start(job, lab, "local", 2, None)
+    assert (job.threads, job.recipe["device"], count, address) == (each, "cpu", 2, None)
+    assert isinstance(engines.start(job, lab, "local", None, None), InProcess)
     torch.set_num_threads(1)
 
 
@@ -395,7 +380,7 @@ def test_progress_and_summary(lab, pairs, tmp_path, capfd):
 
 
 def test_progress_names_failures(capfd):
-    bar = record._Progress(6, "sample", "lines")
+    bar = work._Progress(6, "sample", "lines")
     bar.said -= 31
     bar.update(2)
     bar.update(2)
@@ -406,7 +391,7 @@ def test_progress_names_failures(capfd):
     assert second.endswith(", 1 failed")
 
 
-def test_a_model_that_no_worker_can_load(lab, pairs, tmp_path, monkeypatch):
+def test_a_model_that_no_worker_can_load(session, lab, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "recipe", lab.recipe | {"name": str(tmp_path / "gone")})
     with pytest.raises(ModelError) as error:
         memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", workers=2, **SMALL)
@@ -426,7 +411,7 @@ def test_a_model_that_no_worker_can_load(lab, pairs, tmp_path, monkeypatch):
 )
 def test_wrong_options(lab, pairs, tmp_path, options, kind, text):
     if "ray_address" in options:
-        pytest.importorskip("ray")
+        pytest.importorskip("ray").shutdown()
     begun = time.monotonic()
     with pytest.raises(kind) as error:
         memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", **options, **SMALL)
@@ -434,10 +419,11 @@ def test_wrong_options(lab, pairs, tmp_path, options, kind, text):
     assert time.monotonic() - begun < 30  # Ray alone would try the wrong address for minutes
 
 
-def test_ray_is_not_installed(lab, pairs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [dict(engine="ray"), dict(workers=2)])
+def test_ray_is_not_installed(lab, pairs, tmp_path, monkeypatch, options):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError) as error:
-        memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", engine="ray", **SMALL)
+        memlib.record(model=lab, pairs=pairs, address=tmp_path / "run", **options, **SMALL)
     one_line(error, "pip install -e '.[cluster]'")
 
 
@@ -452,97 +438,47 @@ def test_a_model_without_a_name(pairs, tmp_path, lab):
     assert summary.done == PROMPTS
 
 
-# -------------------------------------------------------------------------------------------- Ray
+# ---------------------------------------------------------------------- a Ray of its own, a cluster
 
 
-@pytest.fixture
-def ray():
-    ray = pytest.importorskip("ray")
-    assert not ray.is_initialized()
-    yield ray
-    left = ray.is_initialized()
-    ray.shutdown()
-    assert not left
+def test_workers_from_the_command_line(whole, tmp_path):
+    """Ray is started and stopped, and nothing is heard of it; two at once do not disturb."""
+    command = [*COMMAND.split(), "--workers", "2", "--store", tmp_path / "run"]
+    with memlib_command(*command, start_new_session=True) as process:
+        out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "6 pieces recorded, 0 were there, 0 failed" in out
+    assert len(out.splitlines()) == 3 + PROMPTS  # what is to do, what was done, a table
+    assert re.fullmatch(r"24 of 24 images, .* a second, 0 s left\n", errors)
+    assert session_of(process.pid) == []
+    same(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_that_loses_a_node(ray, lab, pairs, whole, tmp_path, monkeypatch):
+def test_a_cluster_that_loses_a_node(lab, pairs, whole, tmp_path, monkeypatch):
     """Two nodes; one is lost with a task in hand; bit by bit as from one process."""
+    pytest.importorskip("ray").shutdown()
     from ray.cluster_utils import Cluster
 
-    submit, wait, lost = OnRay.submit, OnRay.wait, []
+    submit, lost = OnRay.submit, []
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         node = cluster.add_node(num_cpus=1)
 
         def lose(self, *arguments):
-            submit(self, *arguments)
-            if len(self.busy) == 2 and node in cluster.list_all_nodes():  # one is there
+            future = submit(self, *arguments)
+            if len(self.busy) == 2 and not lost:
+                lost.append(node)
                 cluster.remove_node(node)
-
-        def note(self):
-            for task, result in wait(self):
-                if isinstance(result, Exception):
-                    lost.append(result)
-                yield task, result
+            return future
 
         monkeypatch.setattr(OnRay, "submit", lose)
-        monkeypatch.setattr(OnRay, "wait", note)
         summary = memlib.record(
             model=lab, pairs=pairs, address=tmp_path / "run", engine="ray",
             ray_address=cluster.address, **SMALL,
         )  # fmt: skip
     finally:
         cluster.shutdown()
-    assert [type(error) for error in lost] == [LostWorkerError]
+    assert lost
     assert (summary.done, summary.failed) == (PROMPTS, {})
     same(tmp_path / "run", whole)
-
-
-@pytest.mark.slow
-def test_a_ray_actor_with_two_tasks(ray, lab, pairs, whole, tmp_path, monkeypatch):
-    """As on a GPU: one is finished while the next is sampled; lost with both, both are redone."""
-    most, lost = [], []
-
-    class Deep(OnRay):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.depth = 2
-
-        def submit(self, *arguments):
-            super().submit(*arguments)
-            most.append(max(self.hands.values()))
-            if most[-1] == 2 and not lost:
-                lost.extend(self.hands)
-                self.ray.kill(lost[0])
-
-    monkeypatch.setattr(record, "OnRay", Deep)
-    summary = memlib.record(
-        model=lab, pairs=pairs, address=tmp_path / "run", engine="ray", workers=1, **SMALL
-    )
-    assert max(most) == 2
-    assert (summary.done, summary.failed) == (PROMPTS, {})
-    same(tmp_path / "run", whole)
-
-
-@pytest.mark.slow
-def test_ray_from_the_command_line(ray, pairs, whole, tmp_path):
-    """A cluster of this machine is started, and stopped; a wrong model is one line, not a loop."""
-    with memlib_command(
-        *COMMAND.split(), "--engine", "ray", "--store", tmp_path / "run"
-    ) as process:
-        out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert "6 pieces recorded, 0 were there, 0 failed" in out
-    assert "24 of 24 images" in errors
-    same(tmp_path / "run", whole)
-
-
-@pytest.mark.slow
-def test_a_model_that_no_node_can_load(ray, lab, pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(lab, "recipe", lab.recipe | {"name": str(tmp_path / "gone")})
-    with pytest.raises(ModelError) as error:
-        memlib.record(
-            model=lab, pairs=pairs, address=tmp_path / "run", engine="ray", workers=1, **SMALL
-        )
-    one_line(error, "gone")

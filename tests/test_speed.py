@@ -5,7 +5,6 @@ What only a GPU can show is skipped without one; `make bench` measures it on a c
 
 import contextlib
 import copy
-import sys
 import threading
 import warnings
 import weakref
@@ -20,11 +19,10 @@ from test_store import same
 
 import memlib
 from memlib import cli, models, trace
-from memlib.runs import cost, tracing
+from memlib.hub.accelerated import AcceleratedModel
+from memlib.runs import cost, engines, tracing
 from memlib.runs.store import StoreError
-from memlib.runs.work import Here
 
-record = sys.modules["memlib.runs.work"]
 PROMPTS = 3
 SMALL = dict(seeds=range(4), steps=3, similarity="ncc", threads=1, progress=False)
 
@@ -39,7 +37,7 @@ def pairs():
     return memlib.load_pairs("lab").iloc[:PROMPTS].copy()
 
 
-def tiny(lab) -> models.DiffusersModel:
+def tiny(lab) -> AcceleratedModel:
     """The lab with a network of one block, whose compilation takes seconds."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -51,7 +49,7 @@ def tiny(lab) -> models.DiffusersModel:
     )  # fmt: skip
     parts = lab.pipe.components | {"unet": unet}
     pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    model = models.DiffusersModel(pipe, "tiny", "of this test")
+    model = AcceleratedModel(pipe, "tiny", "of this test")
     model.recipe = lab.recipe
     return model
 
@@ -255,7 +253,7 @@ def test_memory_halves_compiled_batches(lab, pairs, monkeypatch):
     assert (found.compiled == 1).all()
 
 
-def test_a_rescue_is_not_compiled(lab, pairs, monkeypatch):
+def test_the_float32_fallback_is_not_compiled(lab, pairs, monkeypatch):
     """float32 by the network itself: code that was compiled for half precision is not asked."""
     half, asked = memlib.load("lab", device="cpu", dtype="float16"), []
     pretend(monkeypatch, asked)
@@ -305,7 +303,7 @@ def test_a_run_on_a_gpu_keeps_its_batch(lab, pairs, tmp_path, monkeypatch):
         asked.append(batch_size)
         return (8, False) if "cuda" in asked else real(model, direction, batch_size, *more, **rest)
 
-    monkeypatch.setattr(record, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(engines, "on_gpu", lambda _: True)
     monkeypatch.setattr(cost, "decide", decide)
     asked.append("cuda")
     memlib.record(**one | {"seeds": [0, 1]})
@@ -345,7 +343,7 @@ def test_truly_compiled(lab, pairs):
 # -------------------------------------------------------------------------------- the next batch
 
 
-class Deep(Here):
+class Deep(engines.InProcess):
     """This process with two tasks in hand, as on a GPU."""
 
     def __init__(self, *arguments):
@@ -363,7 +361,7 @@ def test_the_next_task_is_sampled_while_the_first_is_decoded(
     lab, pairs, whole, tmp_path, monkeypatch
 ):
     """The first decoding ends only when the second sampling has begun; the bits are the same."""
-    monkeypatch.setattr(record, "Here", Deep)
+    monkeypatch.setattr(engines, "InProcess", Deep)
     real, decode, events, begun = memlib.runs.tracing.sample, lab.decode, [], threading.Event()
 
     def sample_(*arguments):
@@ -389,7 +387,7 @@ def test_the_next_task_is_sampled_while_the_first_is_decoded(
 
 
 def test_a_decoder_that_fails_costs_its_task_alone(lab, pairs, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "Here", Deep)
+    monkeypatch.setattr(engines, "InProcess", Deep)
     decode, calls = lab.decode, []
 
     def decode_(latents):
@@ -411,7 +409,7 @@ def test_a_decoder_that_fails_costs_its_task_alone(lab, pairs, whole, tmp_path, 
 
 def test_a_decoder_without_memory_waits_for_the_device(lab, pairs, whole, tmp_path, monkeypatch):
     """Fewer at once, then alone on the device: nothing is sampled twice, and nothing is lost."""
-    monkeypatch.setattr(record, "Here", Deep)
+    monkeypatch.setattr(engines, "InProcess", Deep)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     real, decode, sampled, sizes = memlib.runs.tracing.sample, lab.decode, [], []
 

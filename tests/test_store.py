@@ -860,13 +860,14 @@ def test_a_killed_book_goes_on(lab, pairs, book, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(tracing, "sample", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as held:  # its frames live on, as in a notebook
             ask(lab, pairs)
     (folder,) = book.glob("reverse_trace-*/")
     assert memlib.verify(folder).done == 2
     monkeypatch.setattr(tracing, "sample", lambda *a: seen.append(a[1][0]) or real(*a))
     trace = ask(lab, pairs)
     assert seen == list(pairs.caption)
+    assert held.traceback
     agree(trace, memlib.reverse_trace(lab, pairs, range(SEEDS), batch_size=4, **BOOK))
     seen.clear()
     ask(lab, pairs)

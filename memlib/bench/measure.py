@@ -460,7 +460,7 @@ def workers(model: str, rounds: int) -> dict:
 
     times: dict = {1: [], 2: []}
     started, pools = {}, {}
-    for count in (1, 2):
+    for count in (2, 1):  # the first starts Ray, too
         begun = time.perf_counter()
         pools[count] = OnRay(job, count)
         run(pools[count], 2)
@@ -468,7 +468,7 @@ def workers(model: str, rounds: int) -> dict:
     for n in tqdm(range(rounds), desc="workers", leave=False, disable=None):
         for count in (1, 2) if n % 2 == 0 else (2, 1):
             times[count].append(run(pools[count], 8))
-    for count in (2, 1):  # the first has started Ray, and stops it
+    for count in (1, 2):
         pools[count].close()
     found = ratio(times, 1, 2)
     shutil.rmtree(load.folder)

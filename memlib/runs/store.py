@@ -77,7 +77,7 @@ class _Pending(WrapperStore):
         if found is not None and key[-1].isdigit():
             try:  # what cannot be read has neighbours that are redone, too: their checksums say so
                 plans.COMPRESSOR.decode(found.to_bytes())
-            except RuntimeError:
+            except (RuntimeError, ValueError):
                 return None
         return found
 
@@ -212,9 +212,8 @@ class Run:
         self.read_plan()  # a folder that holds something else is left as it is
         with self._alone(begun=False):
             plan = self.read_plan() or plans.new_plan(identity, seeds, template)
-            plans.agree(
-                self.address, plan, identity, json.loads(template.attrs.get("versions", "{}"))
-            )
+            versions = json.loads(template.attrs.get("versions", "{}"))
+            plans.agree(self.address, plan, identity, versions)
             plans.extend(self.address, plan, rows, seeds, batch_size, self._begun)
             files = plans.header(plan, template).items()
             self._publish({key: data for key, data in files if self._get(key) != data})
@@ -225,13 +224,17 @@ class Run:
 
     def tasks(self) -> list[Task]:
         """All work of the plan; `check` tells which of it is done."""
-        work = enumerate(self.plan["work"])
-        return [Task(n, (*w["prompts"],), (*w["seeds"],), w["batch_size"]) for n, w in work]
+        return [
+            Task(n, tuple(w["prompts"]), tuple(w["seeds"]), w["batch_size"])
+            for n, w in enumerate(self.plan["work"])
+        ]
 
     def takes(self, rows: list[dict]) -> bool:
         """Whether these can be of the list here: not where every id that both have is another's."""
-        known = {row["prompt_id"]: dump(row) for row in (self.read_plan() or {}).get("prompts", [])}
-        return {known.get(row["prompt_id"]) in (None, dump(row)) for row in rows} != {False}
+        plan = self.read_plan() or {"prompts": []}
+        known = {row["prompt_id"]: dump(row) for row in plan["prompts"]}
+        same = {known[i] == dump(row) for row in rows if (i := row["prompt_id"]) in known}
+        return same != {False}
 
     def covers(self, identity: dict, rows: list[dict], seeds: list[int]) -> bool:
         """Whether all of this is recorded, every two seeds of a prompt in the same piece."""
@@ -275,7 +278,8 @@ class Run:
             seeds = [str(self.plan["seeds"][s]) for s in task.seeds]
             each = zip(seeds, np.moveaxis(values, dims.index("seed"), 0), strict=True)
         sums = [hashlib.sha256((owner + s).encode() + v.tobytes()).digest() for s, v in each]
-        return np.frombuffer(b"".join(sums), np.uint8).reshape(*[-1] * bool(task.seeds), 32)
+        sums = np.frombuffer(b"".join(sums), np.uint8).reshape(-1, 32)
+        return sums if task.seeds else sums[0]
 
     def check(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, int, str]]:
         """Task, prompt number and state of every piece: ``done``, ``missing``, or what is wrong."""
