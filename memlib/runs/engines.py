@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import socket
 import tempfile
@@ -47,8 +48,9 @@ class Job:
 
     def sample(self, model, rows: pd.DataFrame, seeds, batch_size) -> Callable[[], xr.Dataset]:
         """What is left of a task when the device has sampled it: to decode and to score."""
-        settings = self.settings | {"batch_size": batch_size, "progress": False}
-        settings |= {"seeds": seeds} if seeds else {}  # a forward trace has none
+        takes = inspect.signature(self.function).parameters
+        more = {"seeds": seeds, "batch_size": batch_size, "progress": False}
+        settings = self.settings | {name: more[name] for name in more if name in takes}
         if self.function is reverse_trace:
             return sample_trace(model, rows, **settings).finish
         trace = self.function(model, rows, **settings)
