@@ -12,3 +12,66 @@ from jaxtyping import install_import_hook
 
 # shapes and types of memlib's functions are checked here and nowhere else
 install_import_hook("memlib", "beartype.beartype")
+
+import hashlib
+
+import pandas as pd
+import pytest
+
+import memlib
+from memlib import measures
+from memlib.hub import lists, sscd
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return memlib.load("lab")
+
+
+@pytest.fixture(scope="module")
+def atoms():
+    import torch  # here, for what needs no torch shall not wait for it
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(5, 2, 3, 3, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def webster(tmp_path, monkeypatch):
+    """A list in Webster's format, where `memlib fetch` would put it, and its folder of images."""
+    table = pd.DataFrame({
+        "caption": ["A cat, sleeping", "a CAT sleeping!", "Two dogs", "A poster", "A tree"],
+        "index": [7, 12, 12, 40, 41],
+        "url": ["http://a/1", "http://a/2", "http://a/3", "http://a/1", None],
+        "overfit_type": ["MV", "RV", "N", "TV", "MV"],
+        "retrieved_urls": [["http://b/1", "http://a/1"], [], None, ["http://b/4"], None],
+    })  # fmt: skip
+    monkeypatch.setenv("MEMLIB_DATA", str(tmp_path))
+    file = lists.list_file("webster-sd14")
+    (file.parent / "images").mkdir(parents=True)
+    table.to_parquet(file)
+    known = lists.PromptList(file.name, hashlib.md5(file.read_bytes()).hexdigest())
+    monkeypatch.setitem(lists.LISTS, "webster-sd14", known)
+    return file.parent
+
+
+@pytest.fixture
+def official(tmp_path, monkeypatch):
+    """A stand-in by the names of both networks of SSCD, with its checksum in place of theirs."""
+    import torch
+
+    class Stand(torch.nn.Module):
+        """Colour means of a 2 x 2 grid, so that scale, order and shape all matter."""
+
+        def forward(self, x):
+            return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+    file = tmp_path / "sscd.pt"
+    torch.jit.script(Stand()).save(str(file))
+    for network in sscd.OFFICIAL.values():
+        monkeypatch.setenv(network.variable, str(file))
+        checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+        monkeypatch.setenv(f"{network.variable}_SHA256", checksum)
+    measures.descriptor.cache_clear()
+    yield file
+    measures.descriptor.cache_clear()

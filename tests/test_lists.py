@@ -1,158 +1,58 @@
-"""The chapters on a list of prompts that does not count copies, as those of Stable Diffusion.
+"""Published lists and their images: on a stand-in, for none can be shipped."""
 
-Its stand-in is made of the lab's prompts: the kinds are memorized, template and control, there is
-no multiplicity, and some prompts have no image.
-"""
-
-import json
-import re
+import io
+import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
-import xarray as xr
+from PIL import Image
 
 import memlib
-from memlib import claims, prompts
-from memlib.paths import ROOT
-from memlib.site import chapter, chapters, ledger, run
+from memlib.hub import lists
+from memlib.prompts import PairsError
 
-SIZES = "every=1 steps=4 seeds=2 ddpm_seeds=2 draws=1 timesteps=(940,) unguided_seeds=1 "
-SIZES += "checkpoint_draws=1 scales=(3,) sweep_every=2 sweep_seeds=1 uncaptioned=2 many=4 "
-SIZES += "many_seeds=3 many_every=1 many_steps=4 few_steps=(2,) few_seeds=1"
-CORE = (
-    "overestimated conditional-aligned unconditional-not-aligned converge-earlier image-ahead "
-    "noise-behind d1-severity d2-severity almost-perfect guided-error conditional-loss"
-).split()
+LAB = memlib.load_pairs("lab").query("kind == 'planted'").reset_index(drop=True)
 
 
-def stand_in() -> pd.DataFrame:
-    """Six memorized, two template and four control prompts; one of each end has no image."""
-    pairs = memlib.load_pairs("lab")
-    kinds = {"memorized": pairs[pairs.multiplicity >= 64].query("kind == 'planted'").iloc[::2]}
-    kinds |= {kind: pairs[pairs.kind == kind] for kind in ("template", "control")}
-    few = {
-        kind: kinds[kind].head(n) for kind, n in (("memorized", 6), ("template", 2), ("control", 4))
-    }
-    rows = pd.concat([part.assign(kind=kind) for kind, part in few.items()], ignore_index=True)
-    rows.loc[[0, 11], "image"] = ""
-    return rows[["prompt_id", "caption", "kind", "image"]]
+def test_a_published_list(webster):
+    pairs = memlib.load_pairs("webster-sd14")
+    assert list(pairs.prompt_id) == ["7", "12", "12-2", "40", "41"]  # a repeated index stays apart
+    assert list(pairs.kind) == ["memorized", "memorized", "control", "template", "memorized"]
+    assert list(pairs.group) == [0, 0, 1, 0, 2]  # the same words; the same address; on their own
+    assert set(pairs.image_note) == {"no picture"}
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """Where the chapters ran, and what each of them glued."""
-    folder = tmp_path_factory.mktemp("list")
-    stand_in().to_csv(folder / "pairs.csv", index=False)
-    read = chapters.read(ROOT)
-    defaults = {name: chapters.parameters(name, notebook) for name, notebook in read.items()}
-    assignments = f"{SIZES} pairs={folder / 'pairs.csv'}"
-    chosen = chapters.choose(defaults, "smoke", {"smoke": {}}, assignments, "")
-    glued = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEMLIB_CACHE", str(folder / "traces"))
-        for name in (name for name in read if name != "lab"):
-            made = json.loads(run.execute(name, read[name], chosen[name], folder))
-            outputs = [out for cell in made["cells"] for out in cell.get("outputs", [])]
-            glued[name] = {
-                out["metadata"]["scrapbook"]["name"]: "".join(
-                    out["data"]["application/papermill.record/text/plain"]
-                )
-                for out in outputs
-                if "scrapbook" in out.get("metadata", {})
-            }
-    return folder, glued
+def test_images_of_a_list(webster):
+    """Named plainly or with zeros; what is no usable picture is set aside with its reason."""
+    images = webster / "images"
+    shutil.copy(LAB.image[0], images / "0007.png")
+    Image.new("RGB", (200, 200)).save(images / "12.png")
+    (images / "12-2.jpg").write_text("<html><body>404</body></html>")
+    whole = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    Image.fromarray(noise).save(whole, "JPEG")
+    (images / "40.jpg").write_bytes(whole.getvalue()[:5000])
+    Image.fromarray(noise[:9, :9]).save(images / "41.png")
+    pairs = memlib.load_pairs("webster-sd14")
+    assert pairs.image[0] == str(images / "0007.png")
+    assert list(pairs.image[1:]) == [""] * 4
+    for note, word in zip(pairs.image_note, ("", "black", "HTML", "truncated", "9"), strict=True):
+        assert word.lower() in note.lower(), note
+    assert pairs.image_note[0] == ""
 
 
-def test_the_chapters_settle_their_claims_on_a_list(ran):
-    folder, _ = ran
-    rows = ledger.read(folder / "work/results")
-    assert set(CORE) <= set(rows.claim)
-    assert not set(claims.CLAIMS) - set(rows.claim)
-    core = rows[rows.claim.isin(CORE)]
-    assert np.isfinite(core[["value", "low", "high"]].to_numpy()).all()
-    # five memorized prompts, two of a template and three controls are left
-    prompts = {row.claim: row.prompts for row in rows.itertuples()}
-    assert prompts["overestimated"] == [5]
-    assert prompts["converge-earlier"] == [5, 3]
-    assert prompts["d1-severity"] == [10]
+def test_a_repeated_index_takes_no_picture_of_the_other_row(webster):
+    shutil.copy(LAB.image[0], webster / "images" / "12.png")
+    pairs = memlib.load_pairs("webster-sd14")
+    assert [bool(i) for i in pairs.image] == [False, True, False, False, False]
 
 
-def test_prompts_without_an_image_are_left_out_and_counted(ran):
-    _, glued = ran
-    for name, found in glued.items():
-        if name in ("stable-diffusion", "scale"):  # they have no prompts
-            continue
-        assert (found["left_out"], found["listed"]) == ("2", "12"), name
-
-
-def test_no_text_speaks_of_copies_that_are_not_known(ran):
-    _, glued = ran
-    for name, found in glued.items():
-        for text in found.values():
-            assert not re.search(r"\d copies|planted", text), (name, text)
-
-
-def test_numbers_of_any_library_are_glued_as_plain_ones(monkeypatch):
-    shown = {}
-
-    def display(data, metadata, raw):
-        shown[metadata["scrapbook"]["name"]] = data["application/papermill.record/text/plain"]
-
-    monkeypatch.setattr("IPython.display.display", display)
-    chapter.glue(a=3, b=np.int64(3), c=np.float32(0.5), d=xr.DataArray(0.25), e="words")
-    assert shown == {"a": "3", "b": "3", "c": "0.5", "d": "0.25", "e": "'words'"}
-    shown.clear()
-    each = np.array([True, False, False, False])
-    setting = chapter.Setting(None, LIST, prompts.groups(LIST), each, ~each, ~each)
-    setting.glue_groups(x=[[1, 2], [3, 4], [5, 6], [7, 8]])
-    assert shown == {"x_memorized": "1.5", "x_middle": "5.5", "x_control": "5.5"}
-
-
-LIST = pd.DataFrame({"kind": ["memorized", "template", "control", "control"]})
-
-
-def test_groups_need_no_copies():
-    assert list(prompts.groups(LIST)) == list(LIST.kind)
-    assert list(prompts.groups(LIST.assign(multiplicity=np.nan))) == list(LIST.kind)
-    trace = xr.Dataset(coords={"kind": ("prompt", LIST.kind)})
-    for mask, expected in zip(
-        prompts.by_memorization(trace), ("1000", "0100", "0011"), strict=True
-    ):
-        assert list(mask) == [c == "1" for c in expected]
-    assert prompts.most_copied(trace).tolist() == [True, False, False, False]
-    assert (
-        prompts.to_correlate(LIST.assign(kind=["memorized", "template", "control", "normal"])).sum()
-        == 3
-    )
-    assert prompts.copies_or_kind(LIST)[1] == ["memorized", "template", "control"]
-
-
-def test_the_labs_groups_are_by_copies():
-    pairs = memlib.load_pairs("lab")
-    memorized, between, control = prompts.by_memorization(pairs)
-    planted = pairs.kind == "planted"
-    assert (memorized == (planted & (pairs.multiplicity >= 32))).all()
-    assert (between == (planted & pairs.multiplicity.isin([8, 16]))).all()
-    assert (control == (pairs.kind == "control")).all()
-    assert (prompts.to_correlate(pairs) == planted).all()
-    assert (prompts.most_copied(pairs) == (planted & (pairs.multiplicity == 128))).all()
-    assert prompts.copies_or_kind(pairs)[1][:8] == [str(2**i) for i in range(8)]
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        (["memorised", "control"], "did you mean 'memorized'"),
-        (["planted", "control"], "need their multiplicity"),
-        (["control", "template"], "no prompt is"),
-    ],
-)
-def test_a_list_that_no_chapter_can_use_is_refused(kind, said):
-    with pytest.raises(ValueError, match=said):
-        prompts.by_memorization(pd.DataFrame({"kind": kind}))
-
-
-def test_a_list_without_kinds_is_refused():
-    with pytest.raises(ValueError, match="column 'kind'"):
-        prompts.by_memorization(pd.DataFrame({"caption": ["a"]}))
+def test_a_changed_list_is_refused(webster):
+    file = lists.list_file("webster-sd14")
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(PairsError, match="is not the published list"):
+        memlib.load_pairs("webster-sd14")
+    with pytest.raises(PairsError, match="memlib fetch webster-sd21"):
+        memlib.load_pairs("webster-sd21")
+    with pytest.raises(PairsError, match="did you mean 'webster-sd"):
+        memlib.load_pairs("webster-sd1")
