@@ -431,15 +431,8 @@ def test_vanishing_folder(lab, pairs, tmp_path, whole, monkeypatch, how, when):
 
 def agree(trace: xr.Dataset, other: xr.Dataset) -> None:
     """What a run holds is what sampling gives, to the last bit."""
-    for name in (
-        "gram",
-        "seed_distance",
-        "severity",
-        "float32_fallback",
-        "image",
-        "caption",
-        "alpha_bar",
-    ):
+    names = "gram seed_distance severity float32_fallback image caption alpha_bar"
+    for name in names.split():
         np.testing.assert_array_equal(trace[name].values, other[name].values, err_msg=name)
         assert trace[name].dims == other[name].dims
 
