@@ -1,6 +1,6 @@
 """The claims ledger: what is claimed, by which number it is judged, and what the runs said.
 
-The claims stand in `claims.toml`, with the line that each number has to pass. A chapter calls
+The claims stand in `claims.toml`, with the threshold that each number has to pass. A chapter calls
 `judge`, which computes the number, its bootstrap interval over prompts and the verdict, and keeps
 them as one small file for each claim, model, sampler and, where the number depends on it, copy
 score. `memlib.site.book` puts them on the pages.
@@ -72,7 +72,7 @@ def interval(
 
 
 def verdict(name: str, low: float, high: float) -> str:
-    """Whether the whole interval lies on the claim's side of its line, on the other, or neither."""
+    """Whether the whole interval lies on the claim's side of its threshold."""
     claim = CLAIMS[name]
     if "above" in claim:
         holds, fails = low > claim["above"], high <= claim["above"]
@@ -137,7 +137,7 @@ def judge(
 
 
 def table(rows: list[dict | None]) -> pd.DataFrame:
-    """Rows as a reader sees them: claim, score if it matters, number, interval, line, verdict."""
+    """Rows as a reader sees them: claim, score if it matters, number, interval, verdict."""
     shown, rows = [], [row for row in rows if row]
     for row in rows:
         claim = CLAIMS[row["claim"]]
@@ -145,10 +145,10 @@ def table(rows: list[dict | None]) -> pd.DataFrame:
         shown.append({
             "claim": row["claim"], "sampler": row["sampler"], "score": row["measure"],
             "statistic": f"{row['value']:.3g}",
-            "95 %": f"{row['low']:.3g} to {row['high']:.3g}", "line": f"{side} {claim[side]:g}",
-            "verdict": row["verdict"],
+            "95 %": f"{row['low']:.3g} to {row['high']:.3g}",
+            "threshold": f"{side} {claim[side]:g}", "verdict": row["verdict"],
         })  # fmt: skip
-    columns = ["claim", "sampler", "score", "statistic", "95 %", "line", "verdict"]
+    columns = ["claim", "sampler", "score", "statistic", "95 %", "threshold", "verdict"]
     if not any(row["measure"] for row in rows):
         columns.remove("score")
     return pd.DataFrame(shown, columns=columns).set_index("claim")

@@ -101,7 +101,7 @@ def test_a_row_is_kept_and_replaced(tmp_path, monkeypatch, numbers):
     assert np.isclose(table.value[1], np.median(numbers) + 3)
     assert not list(tmp_path.rglob("*.partial"))
     shown = claims.table(table.to_dict("records"))
-    assert shown.line["overestimated"].iloc[0] == "above 1"
+    assert shown.threshold["overestimated"].iloc[0] == "above 1"
 
 
 def test_rows_of_another_score_stand_beside(tmp_path, monkeypatch, numbers):

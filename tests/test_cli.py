@@ -90,7 +90,7 @@ def test_help_lists_every_model(capsys):
         (["fetch", "sscd-large"], "Meta publishes no checksum of sscd_disc_large"),
         (["fetch", "sscd-lrge"], "did you mean 'sscd-large'"),
         (["fetch", "sd21-bse"], "did you mean 'sd21-base'"),
-        (["book", "--model", "sd14", "--profile", "smal"], "did you mean 'smoke'"),
+        (["book", "--model", "sd14", "--profile", "smok"], "did you mean 'smoke'"),
     ],
 )
 def test_wrong_commands(arguments, pattern, capsys, monkeypatch, tmp_path):

@@ -159,8 +159,8 @@ def test_when_compiling_pays(monkeypatch):
 
 def test_the_card_is_told_by_its_name():
     names = {"NVIDIA H100 80GB HBM3": "H100", "Tesla T4": "T4", "NVIDIA A100-SXM4-40GB": "A100"}
-    assert {name: cost.card_of(name).name for name in names} == names
-    assert cost.card_of("NVIDIA L40S") is None
+    assert {name: cost.gpu_of(name).name for name in names} == names
+    assert cost.gpu_of("NVIDIA L40S") is None
 
 
 def test_distances_where_the_device_lacks_memory(monkeypatch):

@@ -861,7 +861,7 @@ def summary(load: OnCard, rate: dict, recording: float) -> dict:
     """The ratios that have a goal."""
     best = max(value for name, value in rate.items() if name.startswith("diffusers"))
     name = torch.cuda.get_device_name() if not load.small else ""
-    card = cost.card_of(name)
+    card = cost.gpu_of(name)
     unet = load.model.unet
     with torch.device("meta"):
         empty = type(unet).from_config(unet.config)

@@ -2,7 +2,7 @@
 
 Floating-point operations are counted on the real architecture without weights (torch's own
 counter on the meta device). Seconds follow from a card's peak and the share of it that is
-reached: measured on an H200, assumed of most others (`Card.basis`). A run prints its own rate.
+reached: measured on an H200, assumed of most others (`GPU.basis`). A run prints its own rate.
 
 How many images a GPU samples at once is measured by a few calls when a run begins (`trial`), and
 from the same calls follows whether the run is long enough to compile the network for it (`decide`).
@@ -48,29 +48,29 @@ MARGIN = 0.85  # of the free memory is planned with: the rest is the allocator's
 
 
 @dataclass(frozen=True)
-class Card:
+class GPU:
     """A GPU: its dense half-precision peak, the share of it that is reached, and who says so."""
 
     name: str
     peak: float  # operations a second
     memory: float  # bytes
-    share: float = 0.35
+    utilization: float = 0.35
     basis: str = "assumed"
 
 
-CARDS = (
-    Card("T4", 65e12, 16e9, 0.30),
-    Card("L4", 121e12, 24e9),
-    Card("A100", 312e12, 40e9),
-    Card("H100", 989e12, 80e9, COMPILED / 989e12, "by the H200's measurement"),
-    Card("H200", 989e12, 141e9, COMPILED / 989e12, "measured (the U-Net, compiled)"),
+GPUS = (
+    GPU("T4", 65e12, 16e9, 0.30),
+    GPU("L4", 121e12, 24e9),
+    GPU("A100", 312e12, 40e9),
+    GPU("H100", 989e12, 80e9, COMPILED / 989e12, "by the H200's measurement"),
+    GPU("H200", 989e12, 141e9, COMPILED / 989e12, "measured (the U-Net, compiled)"),
 )
 
 
-def card_of(name: str) -> Card | None:
+def gpu_of(name: str) -> GPU | None:
     """The card that torch names so: "NVIDIA H100 80GB HBM3" is an H100, an L40S is no L4."""
     words = name.replace("-", " ").split()
-    return next((card for card in CARDS if card.name in words), None)
+    return next((card for card in GPUS if card.name in words), None)
 
 
 @lru_cache
@@ -94,9 +94,9 @@ def count_flops(unet, x: torch.Tensor, text: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-def seconds_per_image(model: str, card: Card, steps: int = 50) -> float:
+def seconds_per_image(model: str, card: GPU, steps: int = 50) -> float:
     """Computed: two calls a step, at the card's share of its peak. Decoding adds a few percent."""
-    return 2 * steps * unet_flops(model) / (card.peak * card.share)
+    return 2 * steps * unet_flops(model) / (card.peak * card.utilization)
 
 
 @dataclass(frozen=True)
