@@ -264,9 +264,9 @@ class _Work:
         self.queue.remove(unit)
         left = {p for _, p, state in self.run.check([task]) if state != "done"}
         still = [p for p in wanted if p in left]
-        there = len(wanted) - len(still)  # another process has done it meanwhile
-        self.summary.skipped += there
-        self.bar.update(_images(task) * there)
+        if there := len(wanted) - len(still):  # another process has done it meanwhile
+            self.summary.skipped += there
+            self.bar.update(_images(task) * there)
         if not still:
             release()
             return
