@@ -3,7 +3,7 @@
 A model (`load`) and prompts (`load_pairs`) make a trace (`reverse_trace`: `sampler`'s loop, whose
 vectors become inner products in `trace`), and everything else is read off it (`gram`, `findings`,
 `measures`, `claims`, `plot`). Four rooms do the rest: `hub` brings models, lists and pictures,
-`runs` records traces on disk, `site` makes the book, `lab` has the model that the book ships.
+`runs` records traces on disk, `site` makes the book, `cli` has the commands.
 
 A name is loaded when it is first used: what needs no torch does not wait for it.
 """
@@ -18,7 +18,7 @@ PLACES = {
     "gram": "cosine inner norm",
     "hub.loading": "load training_step",
     "hub.manifests": "load_pairs",
-    "hub.sscd": "similarity",
+    "hub.sscd": "similarity",  # of `measures`, with the official networks among them
     "models": "ExactModel",
     "runs.cache": "cached",
     "runs.store": "open_run verify",

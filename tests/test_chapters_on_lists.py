@@ -16,7 +16,7 @@ from test_prompts import LIST
 import memlib
 from memlib import claims, prompts
 from memlib.paths import ROOT
-from memlib.site import chapter, chapters, ledger, run
+from memlib.site import chapters, ledger, page, run
 
 SIZES = "every=1 steps=4 seeds=2 ddpm_seeds=2 draws=1 timesteps=(940,) unguided_seeds=1 "
 SIZES += "checkpoint_draws=1 scales=(3,) sweep_every=2 sweep_seeds=1 uncaptioned=2 many=4 "
@@ -101,7 +101,7 @@ def test_numbers_of_any_library_are_glued_as_plain_ones(monkeypatch):
         shown[metadata["scrapbook"]["name"]] = data["application/papermill.record/text/plain"]
 
     monkeypatch.setattr("IPython.display.display", display)
-    chapter.glue(a=3, b=np.int64(3), c=np.float32(0.5), d=xr.DataArray(0.25), e="words")
+    page.glue(a=3, b=np.int64(3), c=np.float32(0.5), d=xr.DataArray(0.25), e="words")
     assert shown == {"a": "3", "b": "3", "c": "0.5", "d": "0.25", "e": "'words'"}
     shown.clear()
     each = np.array([True, False, False, False])

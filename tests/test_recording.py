@@ -186,6 +186,7 @@ def test_what_comes_second_is_dropped(lab, pairs, whole, tmp_path, monkeypatch):
         def submit(self, task, *more):
             sent.append(task.number)
             if sent.count(PROMPTS - 1) == 1:
+                self.busy.append(slow)
                 return slow
             future = super().submit(task, *more)
             if len(sent) > PROMPTS:
@@ -312,11 +313,9 @@ def test_interrupted(tmp_path, when, how):
     command = f"{COMMAND} --prompts 60 --workers 2 --store {folder}".split()
     with memlib_command(*command, start_new_session=True) as process:
         wanted = "plan.json" if when == "workers load" else "sha256/1.0.0.0"
-        while not (folder / wanted).exists() or not any(
-            "Worker" in p for p in session_of(process.pid)
-        ):
+        while not (folder / wanted).exists() or "::_Worker" not in str(session_of(process.pid)):
             assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
+            time.sleep(0.1)
         time.sleep(0.5)
         if how == signal.SIGINT:
             os.killpg(process.pid, signal.SIGINT)
@@ -341,17 +340,17 @@ def test_interrupted(tmp_path, when, how):
 # ------------------------------------------------------------------------------------- settings
 
 
-def test_local_workers(monkeypatch):
-    """All GPUs that are visible, unless fewer are asked for; on a CPU one process, or several."""
+def test_processes(monkeypatch):
+    """All GPUs that are visible, unless fewer are asked for; on a CPU this one, or several."""
     free, fixed, cpu = ({"device": d} for d in (None, "cuda:1", "cpu"))
-    count = engines.local_workers
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert [count(free, n) for n in (None, 1, 2, 9)] == [4, 1, 2, 4]
-    assert count(fixed, None) == count(fixed, 3) == count(cpu, None) == 1  # this process will do
-    assert count(cpu, 3) == 3
+    assert [engines.processes("local", free, n) for n in (None, 1, 2, 9)] == [4, 0, 2, 4]
+    assert [engines.processes("local", fixed, n) for n in (None, 3)] == [0, 0]
+    assert [engines.processes("local", cpu, n) for n in (None, 1, 3)] == [0, 0, 3]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert [count(free, n) for n in (None, 2)] == [1, 2]
-    assert count(None, None) == 1
+    assert [engines.processes("local", free, n) for n in (None, 2)] == [0, 2]
+    assert engines.processes("local", None, None) == 0
+    assert [engines.processes("ray", free, n) for n in (None, 2)] == [1, 2]
 
 
 @pytest.mark.parametrize(("threads", "each"), [(None, 4), (3, 3)])
@@ -359,8 +358,8 @@ def test_threads_are_divided(lab, monkeypatch, threads, each):
     monkeypatch.setattr(engines, "cores", lambda: 8)
     monkeypatch.setattr(engines, "OnRay", lambda *arguments: arguments)
     job = Job(memlib.reverse_trace, {}, lab.recipe | {"device": None}, threads)
-    job, count, address = engines.start(job, lab, "local", 2, None)
-    assert (job.threads, job.recipe["device"], count, address) == (each, "cpu", 2, None)
+    job, count = engines.start(job, lab, "local", 2, None)
+    assert (job.threads, job.recipe["device"], count) == (each, "cpu", 2)
     assert isinstance(engines.start(job, lab, "local", None, None), InProcess)
     torch.set_num_threads(1)
 

@@ -1,0 +1,1 @@
+"""Traces of many prompts: in batches, on disk, resumed and verified, by several workers."""

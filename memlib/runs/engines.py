@@ -47,7 +47,10 @@ class Job:
         return model
 
     def sample(self, model, rows: pd.DataFrame, seeds, batch_size) -> Callable[[], xr.Dataset]:
-        """What is left of a task when the device has sampled it: to decode and to score."""
+        """What is left of a task when the device has sampled it: to decode and to score.
+
+        `reverse_trace` in its two halves: the second runs beside the next task's first.
+        """
         takes = inspect.signature(self.function).parameters
         more = {"seeds": seeds, "batch_size": batch_size, "progress": False}
         settings = self.settings | {name: more[name] for name in more if name in takes}
@@ -68,14 +71,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if some else os.cpu_count() or 1
 
 
-def local_workers(recipe: dict | None, workers: int | None) -> int:
-    """Workers on this machine: one for each visible GPU, or as many as asked for on a CPU.
+def processes(engine: str, recipe: dict | None, workers: int | None) -> int:
+    """Worker processes: one for each visible GPU, or as many as asked for on a CPU.
 
-    One worker is this process.
+    None are needed where this process will do.
     """
+    if engine == "ray":
+        return workers or 1
     named = (recipe or {}).get("device") or "cuda"
     gpus = 1 if named.startswith("cuda:") else torch.cuda.device_count() * (named == "cuda")
-    return min(workers or gpus, gpus) if gpus else workers or 1
+    count = min(workers or gpus, gpus) if gpus else workers or 1
+    return count if count > 1 else 0
 
 
 def start(job: Job, model, engine: str, workers: int | None, address: str | None):
@@ -84,17 +90,18 @@ def start(job: Job, model, engine: str, workers: int | None, address: str | None
         raise ValueError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
-    count = workers if engine == "ray" else local_workers(job.recipe, workers)
-    if count == 1 and engine == "local":
-        if job.threads:
-            torch.set_num_threads(job.threads)
+    count = processes(engine, job.recipe, workers)
+    if not count:
+        torch.set_num_threads(job.threads or torch.get_num_threads())
         return InProcess(job, model)
     if job.recipe is None:
         raise ValueError("workers load their own model: give one that memlib.load can name")
     threads = job.threads or (1 if engine == "ray" else max(1, cores() // count))
     recipe = job.recipe | {"device": model.device.type}  # one kind of device in one run
-    address = address or os.environ.get("RAY_ADDRESS") if engine == "ray" else None
-    return OnRay(replace(job, recipe=recipe, threads=threads), count, address)
+    job = replace(job, recipe=recipe, threads=threads)
+    if engine == "ray":
+        return OnRay(job, workers, address or os.environ.get("RAY_ADDRESS"))
+    return OnRay(job, count)
 
 
 def _finish(rest: Callable[[], xr.Dataset], device: threading.Lock) -> xr.Dataset:
@@ -170,8 +177,7 @@ class OnRay:
                 raise error
         tasks = Counter(self.busy.values())
         tasks.update({self.busy[future]: depth for future in self.starting})
-        idle = [worker for worker in self.workers if tasks[worker] < depth]
-        return sorted(idle, key=lambda worker: tasks[worker])
+        return sorted((w for w in self.workers if tasks[w] < depth), key=tasks.__getitem__)
 
     def room(self, left: int) -> bool:
         ready = len(self.workers) - len(self.starting)

@@ -143,7 +143,7 @@ def record(
     template = function(kernel, pairs.iloc[:0], **settings)  # refuses what cannot be
     run, summary = Run(address), Summary(os.fspath(address))
     recipe = getattr(kernel, "recipe", None)
-    count = (workers or 1) if engine == "ray" else engines.local_workers(recipe, workers)
+    count = engines.processes(engine, recipe, workers)
     batch, compile = values.get("batch_size"), values.get("compile", False)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.work())
@@ -157,7 +157,7 @@ def record(
             batch = next((work["batch_size"] for work in old["work"]), None)
         if batch is None and "batch_size" in values:
             images = len(rows) * max(1, len(seeds))
-            batch, compile = _sizes(kernel, values, engine, count, None, compile, images)
+            batch, compile = _sizes(kernel, values, count, None, compile, images)
         run.open_plan(agreed, rows, seeds, batch, template)
         places = {row["prompt_id"]: n for n, row in enumerate(run.plan["prompts"])}
         files = {places[row["prompt_id"]]: n for n, row in enumerate(rows)}
@@ -174,11 +174,11 @@ def record(
             total = sum(_images(task) * len(wanted) for task, wanted in todo.items())
             bar = _Progress(total, function.__name__.split("_")[0], progress)
             stack.callback(bar.bar.close)
-            _, compile = _sizes(kernel, values, engine, count, batch, compile, total)
+            _, compile = _sizes(kernel, values, count, batch, compile, total)
             # never where there is no place to say which images were compiled
-            inner = values | {"compile": compile and "compiled" in run.plan["parts"]}
-            inner = {k: inner[k] for k in values if k not in ("seeds", "batch_size")}
-            job = engines.Job(function, inner, recipe, threads, getattr(kernel, "together", None))
+            if "compile" in values:
+                values["compile"] = compile and "compiled" in run.plan["parts"]
+            job = engines.Job(function, values, recipe, threads, getattr(kernel, "together", None))
             pool = engines.start(job, kernel, engine, workers, ray_address)
             stack.callback(pool.close)
             _Work(run, pairs, files, summary, bar, strict).do(todo, pool)
@@ -188,18 +188,17 @@ def record(
     return summary
 
 
-def _sizes(kernel, values: dict, engine: str, workers: int, batch_size, compile, images: int):
+def _sizes(kernel, values: dict, workers: int, batch_size, compile, images: int):
     """Batch size and whether to compile, where they are not given; decided once for all workers."""
-    apart = engines.on_gpu(kernel) and (engine == "ray" or workers > 1)
-    share = -(-images // workers) if apart else images  # of one worker
-    seeds = max(1, len(values.get("seeds", [])))
+    workers *= engines.on_gpu(kernel)
+    share, seeds = -(-images // max(1, workers)), max(1, len(values.get("seeds", [])))
     # Workers have copies of the weights of their own, one of them beside this process's.
-    beside = torch.cuda.memory_allocated(kernel.device) + CONTEXT if apart else 0
+    beside = torch.cuda.memory_allocated(kernel.device) + CONTEXT if workers else 0
     size, compile = cost.decide(
         kernel, "reverse" if "seeds" in values else "forward", batch_size, compile, share, seeds,
         values.get("steps", 0), bool(values.get("images") or values.get("similarity")), beside,
     )  # fmt: skip
-    if batch_size is None and apart and workers > 1:  # no worker shall idle
+    if batch_size is None and workers > 1:  # no worker shall idle
         size = max(1, min(size, -(-share // seeds) * seeds))
     return size, compile
 
@@ -241,7 +240,7 @@ class _Work:
                 self._hand_out(workers, unit)
             if not self.queue and workers.room(0) and (task := self._straggler()):
                 self.running[task].copies += 1  # its worker may hang: whoever is first counts
-                self._submit(workers, task)
+                self.futures[workers.submit(task, *self.running[task].arguments)] = task
             if not self.running:  # all that is left is in another process's hands
                 time.sleep(0.2)
             for future in wait(self.futures, 1.0, FIRST_COMPLETED).done:
@@ -252,9 +251,6 @@ class _Work:
                     self.running[task].copies -= 1
                     continue
                 self._take(task, result)
-
-    def _submit(self, workers, task: Task) -> None:
-        self.futures[workers.submit(task, *self.running[task].arguments)] = task
 
     def _hand_out(self, workers, unit: tuple[Task, list[int], bool]) -> None:
         task, wanted, isolated = unit
@@ -276,12 +272,11 @@ class _Work:
         rows = [self.files[p if p in others else still[0]] for p in task.prompts]
         arguments = self.pairs.iloc[rows], [self.run.plan["seeds"][s] for s in task.seeds]
         self.running[task] = _Running(still, isolated, release, arguments)
-        self._submit(workers, task)
+        self.futures[workers.submit(task, *arguments)] = task
 
     def _straggler(self) -> Task | None:
         """A task that takes far longer than others did, and that only one worker has."""
-        limit = STRAGGLER * statistics.median(self.took or [float("inf")])
-        begun = time.monotonic() - limit
+        begun = time.monotonic() - STRAGGLER * statistics.median(self.took or [float("inf")])
         slow = (t for t, r in self.running.items() if r.copies == 1 and r.since < begun)
         return next(slow, None)
 

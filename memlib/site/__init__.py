@@ -1,0 +1,1 @@
+"""The book: chapters through papermill to jupyter-book, the ledger, notebooks for Colab."""
