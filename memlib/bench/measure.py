@@ -41,6 +41,7 @@ import memlib
 from memlib import claims
 from memlib.gram import VECTORS
 from memlib.hub.accelerated import AcceleratedModel
+from memlib.hub.files import whole
 from memlib.paths import BENCH as RESULTS
 from memlib.paths import LAB
 from memlib.runs import cost
@@ -976,10 +977,5 @@ def main() -> None:
 
 def write(results: dict, target: Path) -> None:
     """The results into their file, as a whole or not at all."""
-    unfinished = target.with_suffix(".partial")
-    unfinished.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(unfinished, target)
-
-
-if __name__ == "__main__":
-    main()
+    with whole(target) as partial:
+        partial.write_text(json.dumps(results, indent=1) + "\n")
