@@ -1,11 +1,8 @@
-"""What a run costs, before it is begun: arithmetic on the networks, and a trial on the card.
+"""What a run costs, before it is begun: arithmetic on the networks, and a trial on the GPU.
 
-Floating-point operations are counted on the real architecture without weights (torch's own
-counter on the meta device). Seconds follow from a card's peak and the share of it that is
-reached: measured on an H200, assumed of most others (`GPU.basis`). A run prints its own rate.
-
-How many images a GPU samples at once is measured by a few calls when a run begins (`trial`), and
-from the same calls follows whether the run is long enough to compile the network for it (`decide`).
+Floating-point operations are counted on the real architecture without weights. Seconds follow from
+a GPU's peak and the share of it that is reached (`GPU.basis`). How many images a GPU samples at
+once, and whether compiling pays, a few calls tell when a run begins (`trial`, `decide`).
 """
 
 from __future__ import annotations
@@ -25,15 +22,9 @@ from memlib.hub.accelerated import DECODED_HALF
 STATE_BYTES = len(VECTORS) ** 2 * 8  # inner products in float64
 UNETS = {  # latent side, and what differs from diffusers' defaults; RealisticVision's is v1.4's
     "sd14": (64, dict(cross_attention_dim=768, attention_head_dim=8)),
-    "sd21": (
-        96,
-        dict(
-            cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
-            use_linear_projection=True, upcast_attention=True,
-        ),
-    ),
+    "sd21": (96, dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
+                      use_linear_projection=True, upcast_attention=True)),
 }  # fmt: skip
-
 
 # Measured on an H200: SD v1.4's U-Net at full width, half precision, 40 latents, torch 2.11.
 EAGER, COMPILED = 268e12, 376e12  # operations a second; a call takes 119 and 85.5 ms
@@ -53,24 +44,22 @@ class GPU:
 
     name: str
     peak: float  # operations a second
-    memory: float  # bytes
     utilization: float = 0.35
     basis: str = "assumed"
 
 
 GPUS = (
-    GPU("T4", 65e12, 16e9, 0.30),
-    GPU("L4", 121e12, 24e9),
-    GPU("A100", 312e12, 40e9),
-    GPU("H100", 989e12, 80e9, COMPILED / 989e12, "by the H200's measurement"),
-    GPU("H200", 989e12, 141e9, COMPILED / 989e12, "measured (the U-Net, compiled)"),
+    GPU("T4", 65e12, 0.30),
+    GPU("L4", 121e12),
+    GPU("A100", 312e12),
+    GPU("H100", 989e12, COMPILED / 989e12, "by the H200's measurement"),
+    GPU("H200", 989e12, COMPILED / 989e12, "measured (the U-Net, compiled)"),
 )
 
 
 def gpu_of(name: str) -> GPU | None:
     """The card that torch names so: "NVIDIA H100 80GB HBM3" is an H100, an L40S is no L4."""
-    words = name.replace("-", " ").split()
-    return next((card for card in GPUS if card.name in words), None)
+    return next((gpu for gpu in GPUS if gpu.name in name.replace("-", " ").split()), None)
 
 
 @lru_cache
@@ -103,29 +92,20 @@ def seconds_per_image(model: str, card: GPU, steps: int = 50) -> float:
 class Trial:
     """What a few calls on a GPU have shown of a model."""
 
-    batch: int  # images that fit, at most `most`
+    batch: int  # images that fit, and make it faster
     together: int  # pictures to decode at once, beside them
     seconds: float  # of one update of one image, without compiling
-
-
-def most(model) -> int:
-    """Images in a batch, at most: more would fill the memory and gain nothing."""
-    numbers = int(torch.Size(model.latent_shape).numel())
-    return max(1, min(MOST, LEVEL // numbers))
 
 
 def trial(model, steps: int, seeds: int = 1, decoding: bool = True, beside: int = 0) -> Trial:
     """Measure by calls with few and with more images what the device holds of a model.
 
-    Parameters
-    ----------
-    steps : of the trajectory, which is kept for every image of a batch; seeds : the states of as
-        many images wait for each other's.
-    decoding : pictures are decoded beside the next batch, and need memory at the same time.
-    beside : bytes to leave to others, such as a second copy of the weights.
+    It keeps a trajectory of `steps` for every image, and the states of `seeds` images wait for each
+    other. Pictures are decoded beside the next batch; `beside` bytes are left to other processes.
     """
     device, few, many = model.device, 2, 8
-    latent = 4 * int(torch.Size(model.latent_shape).numel())
+    numbers = int(torch.Size(model.latent_shape).numel())
+    latent, most = 4 * numbers, max(1, min(MOST, LEVEL // numbers))
     torch.cuda.empty_cache()
     room = MARGIN * (torch.cuda.mem_get_info(device)[0] - beside)
     try:
@@ -137,7 +117,7 @@ def trial(model, steps: int, seeds: int = 1, decoding: bool = True, beside: int 
     # are a float64 copy of one trajectory, and a prompt's states, twice while they are joined.
     each = (large - small) / (many - few) + latent * (4 * steps + 2)
     fixed = small - few * (large - small) / (many - few) + latent * (steps + 1) * (14 + 2 * seeds)
-    batch = int(max(1, min(most(model), (room - pictures - fixed) // max(each, 1))))
+    batch = int(max(1, min(most, (room - pictures - fixed) // max(each, 1))))
     while batch > many:  # what convolutions take does not grow evenly: try it
         with contextlib.suppress(torch.OutOfMemoryError):
             seconds, many = _measured(device, _update(model, batch))[1], batch
@@ -183,16 +163,11 @@ def equal_batches(batch: int, seeds: int) -> int:
     return batch // seeds * seeds if seeds <= batch else -(-seeds // -(-seeds // batch))
 
 
-def pays(images: int, steps: int, seconds: float, device: torch.device | None = None) -> bool:
-    """Whether compiling saves more than it takes; `seconds` are of one update of an image.
-
-    The compiler works on the processor: with few cores it takes longer. Cards older than Ampere
-    (a T4) are left alone: its code is not made for them.
-    """
-    if device is not None and torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    slower = max(1, 8 / (os.cpu_count() or 1))
-    return images * steps * seconds * (1 - EAGER / COMPILED) > COMPILING * slower
+def pays(images: int, steps: int, seconds: float, device: torch.device) -> bool:
+    """Whether compiling saves more than it takes; `seconds` are of one update of an image."""
+    old = torch.cuda.get_device_capability(device) < (8, 0)  # a T4, which its code is not made for
+    slower = max(1, 8 / (os.cpu_count() or 1))  # the compiler works on the processor
+    return not old and images * steps * seconds * (1 - EAGER / COMPILED) > COMPILING * slower
 
 
 def decide(
@@ -208,15 +183,8 @@ def decide(
         return batch_size, compile
     found = trial(model, steps, seeds, decoding, beside)
     model.fits = None
-    if decoding:
-        model.together = found.together
-    if batch_size is None:
-        batch_size = equal_batches(found.batch, seeds)
+    model.together = found.together if decoding else model.together
+    batch_size = batch_size or equal_batches(found.batch, seeds)
     if compile is None:
         compile = pays(images, steps, found.seconds, model.device)
     return batch_size, compile
-
-
-def trace_bytes(prompts: int, seeds: int, steps: int = 50) -> int:
-    """Bytes of a trace's inner products, before compression."""
-    return prompts * seeds * (steps + 1) * STATE_BYTES
