@@ -455,8 +455,10 @@ def workers(model: str, rounds: int) -> dict:
             while tasks and pool.room(len(tasks)):
                 task = tasks.pop()
                 futures.add(pool.submit(task, rows.iloc[list(task.prompts)], list(load.seeds)))
-            done, futures = wait(futures, 0.1, FIRST_COMPLETED)
-            assert not any(future.exception() for future in done)
+            if not futures:  # workers start
+                time.sleep(0.1)
+            done, futures = wait(futures, 1.0, FIRST_COMPLETED)
+            assert all(isinstance(pool.result(future), xr.Dataset) for future in done)
         return time.perf_counter() - start
 
     times: dict = {1: [], 2: []}
