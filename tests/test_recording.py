@@ -441,7 +441,7 @@ def test_a_model_without_a_name(pairs, tmp_path, lab):
 
 
 def test_workers_from_the_command_line(whole, tmp_path):
-    """Ray is started and stopped, and nothing is heard of it; two at once do not disturb."""
+    """Ray is started and stopped, and says nothing."""
     command = [*COMMAND.split(), "--workers", "2", "--store", tmp_path / "run"]
     with memlib_command(*command, start_new_session=True) as process:
         out, errors = process.communicate(timeout=120)

@@ -220,7 +220,7 @@ def connect(workers: int | None, address: str | None):
     try:
         import ray
     except ImportError as error:
-        text = "several workers need Ray: pip install -e '.[cluster]' in a checkout"
+        text = "several workers need Ray (one does not): pip install -e '.[cluster]' in a checkout"
         raise ImportError(text) from error
     if ray.is_initialized():
         return ray, False
