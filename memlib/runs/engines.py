@@ -217,6 +217,7 @@ class OnRay:
 def connect(workers: int | None, address: str | None):
     """Ray, and whether it was started or joined by this; its own messages are kept quiet."""
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", QUIET)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else all that runs beside comes first
     try:
         import ray
     except ImportError as error:
