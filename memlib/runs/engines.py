@@ -131,7 +131,10 @@ class InProcess:
         try:
             with self.device:
                 rest = self.job.sample(self.model, rows, seeds, task.batch_size)
-            future = self.helper.submit(_finish, rest, self.device)
+            if self.depth == 1:  # on a CPU another thread's cores would be this one's
+                future.set_result(rest())
+            else:
+                future = self.helper.submit(_finish, rest, self.device)
         except Exception as error:
             future.set_exception(error)
         self.busy.append(future)
