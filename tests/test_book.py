@@ -202,6 +202,8 @@ def test_a_changed_line_runs_the_chapters_that_use_it(real):
     samples = using("reverse_trace", "forward_trace", "trajectories", "bench")
     assert "stable-diffusion" not in samples
     assert real("memlib/sampler.py", "in enumerate(", "in enumerate(1 * ") == samples
+    for scored_or_halved in ("memlib/hub/sscd.py", "memlib/hub/accelerated.py"):
+        assert real(scored_or_halved, "\nimport ", "\nX = 1\nimport ") == samples
     assert real("memlib/plot.py", "\nimport ", "\nX = 1\nimport ") == using("plot")
     assert real("memlib/memlib.mplstyle", "\n", "\n\n") == using("plot")
     assert real("memlib/claims.toml", "below = ", "below = 1") >= using("claims")

@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add("--engine", default="local", help="local, or ray for a cluster")
     add("--ray-address", help="of a running Ray cluster, as host:port or auto")
     add("--address", dest="ray_address", help=argparse.SUPPRESS)  # until the next version
-    add("--workers", type=positive, help="processes on a CPU; all GPUs by default")
+    add("--workers", type=positive, help="by Ray; one on a CPU, all GPUs by default")
     add("--threads", type=positive, help="of each worker; the cores are divided by default")
 
     add = command(

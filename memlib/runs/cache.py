@@ -17,14 +17,9 @@ from memlib.errors import renamed
 from memlib.hub.answers import leave_card, of_hub
 from memlib.hub.files import code
 from memlib.paths import ROOT, cache_folder
-from memlib.runs import tracing
+from memlib.runs import MAKES, tracing
 from memlib.runs.store import Run, StoreError, prompt_rows
 from memlib.runs.work import identity, record
-
-# What makes a trace's bits: another of these is another trace, whatever else of memlib changes.
-MAKES = (
-    "models prompts sampler schedule trace measures hub/sscd hub/accelerated runs/tracing"
-).split()
 
 
 @renamed(severity="similarity")

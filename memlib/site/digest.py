@@ -12,9 +12,11 @@ from nbformat import NotebookNode
 
 from memlib import HOMES, RENAMED
 from memlib.hub.files import code
+from memlib.runs import MAKES
 
 # Imports are followed through the core, these rooms and this module. The other modules bring and
-# keep numbers, they do not make them: one counts only where a chapter itself names it.
+# keep numbers, they do not make them: one counts only where a chapter itself names it, or where it
+# makes a trace's bits (`MAKES`).
 FOLLOWED = ("memlib/lab/", "memlib/bench/", "memlib/runs/tracing.py")
 DATA = {
     "memlib/claims.py": "memlib/claims.toml",
@@ -77,6 +79,8 @@ def modules(root: Path, trees: Iterable[ast.AST]) -> set[str]:
             if counts and file not in found and path.is_file():
                 found.add(file)
                 waiting += [(name, False) for name in does_and_uses(path, path.read_bytes())[1]]
+    if "memlib/runs/tracing.py" in found:
+        found |= {f"memlib/{name}.py" for name in MAKES}
     return found | {data for start, data in DATA.items() if any(f.startswith(start) for f in found)}
 
 
