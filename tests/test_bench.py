@@ -106,3 +106,7 @@ def test_the_goals_of_a_card():
     assert (table.met == "yes").all()
     assert len(table) == 4  # the T4's part was not measured
     shutil.rmtree(load.folder)
+
+
+def test_a_process_of_its_own():
+    assert bench.measured("machine") == bench.machine()

@@ -880,7 +880,7 @@ def summary(load: OnCard, rate: dict, recording: float) -> dict:
 
 def measured(function: str, *arguments):
     """`function(*arguments)` of this module in a process of its own."""
-    code = f"from memlib.bench import *; print(json.dumps({function}(*{arguments!r})))"
+    code = f"from {__spec__.name} import *; print(json.dumps({function}(*{arguments!r})))"
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
