@@ -143,7 +143,7 @@ def test_a_chapter_depends_on_the_code_that_it_uses(root):
         files = digest.modules(root, [digest.tree_of(source)])
         return {file.removeprefix("memlib/") for file in files}
 
-    sampling = {"runs/tracing.py", "sampler.py"}
+    sampling = {"runs/tracing.py", *(f"{name}.py" for name in MAKES)}
     assert found(USES) == {"plot.py", "memlib.mplstyle", "prompts.py"} | sampling
     assert found("import memlib as m\nm.cosine(m.load('lab'))") == {"gram.py"}
     assert found("%matplotlib inline\nfrom memlib import cosine") == {"gram.py"}
