@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from memlib import cli
 from memlib.paths import ROOT
+from memlib.runs import MAKES
 from memlib.site import book, chapters, digest, notebooks, run
 
 FRONT = "---\nkernelspec: {name: python3, display_name: Python 3}\n---\n# A chapter\n\nProse.\n\n"
@@ -143,7 +144,7 @@ def test_a_chapter_depends_on_the_code_that_it_uses(root):
         files = digest.modules(root, [digest.tree_of(source)])
         return {file.removeprefix("memlib/") for file in files}
 
-    sampling = {"runs/tracing.py", "sampler.py"}
+    sampling = {"runs/tracing.py", *(f"{name}.py" for name in MAKES)}
     assert found(USES) == {"plot.py", "memlib.mplstyle", "prompts.py"} | sampling
     assert found("import memlib as m\nm.cosine(m.load('lab'))") == {"gram.py"}
     assert found("%matplotlib inline\nfrom memlib import cosine") == {"gram.py"}
