@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from memlib import cli
 from memlib.paths import ROOT
+from memlib.runs import MAKES
 from memlib.site import book, chapters, digest, notebooks, run
 
 FRONT = "---\nkernelspec: {name: python3, display_name: Python 3}\n---\n# A chapter\n\nProse.\n\n"
