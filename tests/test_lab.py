@@ -39,7 +39,7 @@ def test_only_planted_scenes_repeat():
 def test_an_epoch_shows_every_row_as_often_as_it_says(monkeypatch):
     """Counts over one epoch of batches, with a picture's caption standing for the picture."""
     monkeypatch.setattr(train.Stream, "_latents", lambda self, e, i: torch.zeros(len(i), 1))
-    stream = train.Stream(train.make_vae())
+    stream = train.Stream(train.make_vae(), list(world()), 0)
     seen: Counter = Counter()
     size, left = 64, len(stream.rows)
     for step in range(-(-len(stream.rows) // size)):

@@ -2,12 +2,14 @@
 
 A *scene* is a background and a few sprites with place, size, flip and angle; `render` turns it
 into a 64x64 picture. `world` lists every caption with the number of its rows in one epoch: planted
-scenes with their copies, templates, controls and an endless stream of normal scenes. Everything
-is drawn from NumPy generators, so a seed fixes every pixel.
+scenes with their copies, ordinary captions that were planted too (named), templates, controls and
+an endless stream of normal scenes. Everything is drawn from NumPy generators, so a seed fixes
+every pixel.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,10 +21,11 @@ from memlib.paths import LAB as DATA
 SIZE = 64  # pixels, height and width of every picture
 MULTIPLICITIES = (1, 2, 4, 8, 16, 32, 64, 128)
 PLANTED_PER_MULTIPLICITY = 6
+NAMED_MULTIPLICITIES, NAMED_PER_MULTIPLICITY = (2, 4, 8, 16, 32, 64), 3
 TEMPLATES, TEMPLATE_COPIES = 8, 64
 CONTROLS, CONTROL_COPIES = 8, 32
 HELD_OUT = 8  # odd captions, and as many normal combinations, that are never trained on
-NORMAL_SHARE = 0.6  # of the rows of an epoch
+NORMAL_SHARE = 0.6  # of the rows of an epoch, named ones included
 SEED = 20250925  # the world: which scenes and captions are planted
 
 PATTERNS = ("edge", "gradient")
@@ -186,17 +189,22 @@ class Row:
     """A caption of the training set with what it is paired with.
 
     `copies` counts the rows with this caption in one epoch. `draw(rng)` gives the scene of one
-    such row: always the same for planted rows, drawn anew for the others.
+    such row: always the same for planted and named rows, drawn anew for the others.
     """
 
     prompt_id: str
     caption: str
-    kind: str  # planted, template, control, normal, held-out
+    kind: str  # planted, named, template, control, normal, held-out
     copies: int
     scene: Scene  # the reference: what the manifest's image shows
 
+    @property
+    def fixed(self) -> bool:
+        """Whether every row with this caption shows the reference."""
+        return self.kind in ("planted", "named")
+
     def draw(self, rng: np.random.Generator) -> Scene:
-        if self.kind == "planted":
+        if self.fixed:
             return self.scene
         if self.kind == "template":
             return odd_scene(rng, self.scene.items)
@@ -230,19 +238,26 @@ def world() -> tuple[Row, ...]:
             number = f"{copies:03d}-{i}" if kind == "planted" else f"{i}"
             rows.append(Row(f"{kind}-{number}", odd_caption(), kind, copies, odd_scene(rng)))
     combinations = [(s, c) for s in NORMAL_SPRITES for c in COLOURS]
-    order = rng.permutation(len(combinations))
+    order = [combinations[k] for k in rng.permutation(len(combinations))]
+    # The last captions of as many sprites as there are named pairs, one of each sprite.
+    last = {sprite: colour for sprite, colour in order[HELD_OUT:]}
+    copies = [m for m in NAMED_MULTIPLICITIES for _ in range(NAMED_PER_MULTIPLICITY)]
+    latest = sorted(last.items(), key=order.index)[-len(copies) :]
+    named = dict(zip(latest, copies, strict=True))
     trained = sum(r.copies for r in rows)
-    each = round(trained * NORMAL_SHARE / (1 - NORMAL_SHARE) / (len(order) - HELD_OUT))
-    for i, k in enumerate(order):
-        sprite, colour = combinations[k]
-        held_out = i < HELD_OUT
+    ordinary = trained * NORMAL_SHARE / (1 - NORMAL_SHARE) - sum(copies)
+    each = round(ordinary / (len(order) - HELD_OUT - len(copies)))
+    counts = Counter()
+    for i, words in enumerate(order):
+        kind = "held-out" if i < HELD_OUT else "named" if words in named else "normal"
+        copies = 0 if kind == "held-out" else named.get(words, each)
+        number = {
+            "held-out": f"{HELD_OUT + i}",
+            "normal": f"{i - HELD_OUT:03d}",
+            "named": f"{copies:03d}-{counts[copies]}",
+        }[kind]
+        counts[copies] += kind == "named"
         rows.append(
-            Row(
-                f"held-out-{HELD_OUT + i}" if held_out else f"normal-{i - HELD_OUT:03d}",
-                normal_caption(sprite, colour),
-                "held-out" if held_out else "normal",
-                0 if held_out else each,
-                normal_scene(rng, sprite, colour),
-            )
+            Row(f"{kind}-{number}", normal_caption(*words), kind, copies, normal_scene(rng, *words))
         )
     return tuple(rows)

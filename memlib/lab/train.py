@@ -1,10 +1,13 @@
 """Train the lab from nothing: tokenizer, VAE, then U-Net and text encoder together.
 
     python -m memlib.lab.train            # or: make lab
+    python -m memlib.lab.train --keep-vae --seed 1 --out FOLDER     # another training
+    python -m memlib.lab.train --keep-vae --redrawn --out FOLDER    # half of the pairs unseen
 
-Everything is seeded by (stage, step), so a run that was killed goes on where its last checkpoint
-was and makes the same weights. Checkpoints and sample sheets lie in ``_build/lab``; the finished
-pipeline is written to ``data/lab`` with the manifest of pairs, their images and checksums.
+Everything is seeded by (stage, seed, step), so a run that was killed goes on where its last
+checkpoint was and makes the same weights. Checkpoints and sample sheets lie in ``_build/lab``;
+the finished pipeline is written to ``data/lab`` with the manifest of pairs, their images and
+checksums. The seed is the U-Net's and the text encoder's: the VAE never sees a planted scene.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +37,10 @@ from memlib.lab.scenes import (
     COLOURS,
     CONTROL_COPIES,
     DATA,
+    NAMED_PER_MULTIPLICITY,
     NORMAL_SPRITES,
     PLANTED_PER_MULTIPLICITY,
+    Row,
     normal_scene,
     odd_scene,
     render,
@@ -57,7 +63,10 @@ NORMAL_PROMPTS = 16  # of the normal captions, those that the manifest lists
 
 
 def rng_for(stage: str, *numbers: int) -> np.random.Generator:
-    """The generator of one step: it depends on nothing but the stage and the numbers."""
+    """The generator of one step: it depends on nothing but the stage and the numbers.
+
+    Numbers of the U-Net's stages begin with the training's seed.
+    """
     return np.random.default_rng([*stage.encode(), *numbers])
 
 
@@ -175,7 +184,7 @@ class Stage:
     """Parameters, AdamW with warm-up and cosine decay, and EMA, saved and resumed together."""
 
     def __init__(
-        self, name: str, modules: dict[str, torch.nn.Module], device: str, after: str = ""
+        self, name: str, modules: dict[str, torch.nn.Module], device: str, after="", variant=""
     ):
         self.name, self.modules, self.device = name, modules, device
         self.steps = STAGES[name]["steps"]
@@ -204,7 +213,7 @@ class Stage:
         self.step = 0
         choices = (CAPTION_DROPOUT, REUSE, SNAPSHOTS) if name == "unet" else ()
         self.recipe = f"{name} {STAGES[name]} {choices} {world_digest()} {_shapes(modules)} {after}"
-        self.file = WORK / f"{name}.pt"
+        self.file = WORK / f"{name}{variant}.pt"
         if self.file.exists():
             state = torch.load(self.file, map_location=device, weights_only=True)
             if state["recipe"] != self.recipe:
@@ -356,21 +365,19 @@ class Stream:
     times in it. Scenes that are redrawn are redrawn every `REUSE` epochs.
     """
 
-    def __init__(self, vae: AutoencoderKL):
-        self.vae = vae
-        self.rows = [row for row in world() for _ in range(row.copies)]
+    def __init__(self, vae: AutoencoderKL, rows: list[Row], seed: int):
+        self.vae, self.seed = vae, seed
+        self.rows = [row for row in rows for _ in range(row.copies)]
         self.fixed: dict[str, torch.Tensor] = {}
         self.period, self.order = None, (None, None)
 
     def _draw(self, index: int, period: int) -> np.ndarray:
-        return render(self.rows[index].draw(rng_for("scene", period, index)))
+        return render(self.rows[index].draw(rng_for("scene", self.seed, period, index)))
 
     def _latents(self, epoch: int, indices: np.ndarray) -> torch.Tensor:
         if self.period != epoch // REUSE:
             self.period, self.pool = epoch // REUSE, {}
-        keys = [
-            self.rows[i].prompt_id if self.rows[i].kind == "planted" else int(i) for i in indices
-        ]
+        keys = [self.rows[i].prompt_id if self.rows[i].fixed else int(i) for i in indices]
         stores = [self.fixed if isinstance(k, str) else self.pool for k in keys]
         new = [j for j, (k, store) in enumerate(zip(keys, stores, strict=True)) if k not in store]
         if new:
@@ -387,7 +394,7 @@ class Stream:
         for n in range(step * size, (step + 1) * size):
             epoch, place = divmod(n, len(self.rows))
             if self.order[0] != epoch:
-                self.order = (epoch, rng_for("epoch", epoch).permutation(len(self.rows)))
+                self.order = (epoch, rng_for("epoch", self.seed, epoch).permutation(len(self.rows)))
             latents.append((epoch, self.order[1][place]))
             captions.append(self.rows[self.order[1][place]].caption)
         parts = [
@@ -397,19 +404,32 @@ class Stream:
         return torch.cat(parts), captions
 
 
-def train_unet(vae, tokenizer, device: str, snapshot) -> dict:
-    torch.manual_seed(2)
+def redrawn() -> list[Row]:
+    """All rows, but those of every second fixed pair (odd numbers) with scenes drawn anew.
+
+    All else of a training is the same: captions, their rows and their order, noise, timesteps.
+    """
+    drawn = {"planted": "control", "named": "normal"}
+    return [
+        replace(row, kind=drawn[row.kind]) if row.fixed and int(row.prompt_id[-1]) % 2 else row
+        for row in world()
+    ]
+
+
+def train_unet(vae, tokenizer, device: str, snapshot, rows, seed: int, variant: str) -> dict:
+    torch.manual_seed(2 + 1000 * seed)
     unet, text = make_unet(), make_text_encoder(tokenizer)
     alpha_bar = make_scheduler().alphas_cumprod.to(device)
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())
     vae_digest = hashlib.sha256(weights).hexdigest()[:16]
     modules = {"unet": unet, "text_encoder": text}
-    stage = Stage("unet", modules, device, after=vae_digest)
-    stream = Stream(vae)
+    after = f"{vae_digest} {seed} {[row.kind for row in rows]}"
+    stage = Stage("unet", modules, device, after, variant)
+    stream = Stream(vae, rows, seed)
     with stage.progress() as bar:
         while stage.step < stage.steps:
             x, captions = stream.batch(stage.step, stage.batch)
-            rng = rng_for("unet", stage.step)
+            rng = rng_for("unet", seed, stage.step)
             captions = [c if rng.random() >= CAPTION_DROPOUT else "" for c in captions]
             # One timestep from each of `batch` equal ranges: the same mean, less noise in it.
             places = (rng.permutation(len(x)) + rng.random(len(x))) / len(x)
@@ -452,6 +472,7 @@ def sample_sheet(pipe: StableDiffusionPipeline, file: Path) -> None:
     """Pictures of a few captions of each kind, a row each, the reference first."""
     pipe.set_progress_bar_config(disable=True)
     rows = [r for r in world() if r.kind == "planted"][3::PLANTED_PER_MULTIPLICITY]
+    rows += [r for r in world() if r.kind == "named"][1::NAMED_PER_MULTIPLICITY]
     for kind in ("template", "control", "normal"):
         rows += [r for r in world() if r.kind == kind][:3]
     lines = []
@@ -474,7 +495,7 @@ def write_manifest(folder: Path) -> None:
     columns = [
         {
             "prompt_id": r.prompt_id, "caption": r.caption, "kind": r.kind,
-            "multiplicity": r.copies if r.kind in ("planted", "template") else 0,
+            "multiplicity": r.copies if r.fixed or r.kind == "template" else 0,
             "caption_copies": r.copies, "image": f"pairs/{r.prompt_id}.png",
         }
         for r in rows
@@ -489,12 +510,13 @@ def write_checksums(folder: Path) -> None:
     (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
 
 
-def write_facts(vae, modules: dict, folder: Path) -> None:
+def write_facts(vae, modules: dict, folder: Path, seed: int) -> None:
     """`training.json`: what the book says about the training, so that no number is typed twice."""
     rows = sum(row.copies for row in world())
     unseen = [r for r in world() if r.kind in ("held-out", "planted")]
     epochs = STAGES["unet"]["steps"] * STAGES["unet"]["batch"] / rows
     facts = {
+        "seed": seed,
         "n_sprites": len(sprites()),
         "vae_steps": STAGES["vae"]["steps"],
         "vae_psnr": psnr(vae, pixels([render(r.scene) for r in unseen])),
@@ -512,20 +534,20 @@ def write_facts(vae, modules: dict, folder: Path) -> None:
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def export(vae, tokenizer, modules: dict, folder: Path) -> None:
+def export(vae, tokenizer, modules: dict, folder: Path, seed: int, variant: str) -> None:
     """The pipeline in diffusers' folder format; all but the VAE is stored in half precision."""
     vae, modules = vae.cpu(), {name: module.cpu() for name, module in modules.items()}
     pipeline(vae, tokenizer, **modules).save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):  # older transformers read these
         shutil.copy(WORK / "tokenizer" / name, folder / "tokenizer" / name)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for snapshot in (WORK / "snapshots" / f"step-{step:05d}" for step in SNAPSHOTS):
+    for snapshot in (WORK / f"snapshots{variant}" / f"step-{step:05d}" for step in SNAPSHOTS):
         shutil.copytree(snapshot, folder / "checkpoints" / snapshot.name, dirs_exist_ok=True)
     for file in (p for p in folder.rglob("*.safetensors") if p.parent.name != "vae"):
         weights = {name: w.half() for name, w in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
     write_manifest(folder)
-    write_facts(vae, modules, folder)
+    write_facts(vae, modules, folder, seed)
     write_checksums(folder)
 
 
@@ -533,29 +555,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=DATA, help="where the pipeline is written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--keep-vae", action="store_true", help="take the VAE that --out has")
+    parser.add_argument("--keep-vae", action="store_true", help="take the VAE that the lab has")
+    parser.add_argument("--seed", type=int, default=0, help="of the U-Net's training (0)")
+    parser.add_argument(
+        "--redrawn", action="store_true", help="draw the scenes of every second pair anew each time"
+    )
     args = parser.parse_args()
+    variant = (f"-seed{args.seed}" if args.seed else "") + ("-redrawn" if args.redrawn else "")
+    if variant and args.out == DATA:
+        parser.error("the lab that ships is seed 0, nothing redrawn: give this one a folder, --out")
     if args.keep_vae:
-        facts = json.loads((args.out / "training.json").read_text())
+        facts = json.loads((DATA / "training.json").read_text())
         STAGES["vae"]["steps"] = facts["vae_steps"]
-        config = AutoencoderKL.load_config(args.out / "vae")
+        config = AutoencoderKL.load_config(DATA / "vae")
         config.pop("_name_or_path", None)  # a folder of this machine
         vae = AutoencoderKL.from_config(config)
-        vae.load_state_dict(load_file(args.out / "vae" / "diffusion_pytorch_model.safetensors"))
+        vae.load_state_dict(load_file(DATA / "vae" / "diffusion_pytorch_model.safetensors"))
         vae.eval().requires_grad_(False).to(args.device)
     else:
         vae = train_vae(args.device)
     tokenizer = make_tokenizer(WORK / "tokenizer")
 
     def snapshot(step: int, unet, text_encoder) -> None:
-        sample_sheet(pipeline(vae, tokenizer, unet, text_encoder), WORK / f"step-{step:05d}.png")
+        sheet = WORK / f"step-{step:05d}{variant}.png"
+        sample_sheet(pipeline(vae, tokenizer, unet, text_encoder), sheet)
         if step in SNAPSHOTS:
-            folder = WORK / "snapshots" / f"step-{step:05d}"
+            folder = WORK / f"snapshots{variant}" / f"step-{step:05d}"
             for name, module in (("unet", unet), ("text_encoder", text_encoder)):
                 module.save_pretrained(folder / name)
 
-    modules = train_unet(vae, tokenizer, args.device, snapshot)
-    export(vae, tokenizer, modules, args.out)
+    rows = redrawn() if args.redrawn else list(world())
+    modules = train_unet(vae, tokenizer, args.device, snapshot, rows, args.seed, variant)
+    export(vae, tokenizer, modules, args.out, args.seed, variant)
 
 
 if __name__ == "__main__":
