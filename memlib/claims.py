@@ -43,32 +43,71 @@ def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1):
 
 
 def interval(
-    statistic: Callable, *groups: np.ndarray, paired: bool = False, resamples: int = 2000
+    statistic: Callable, *groups: np.ndarray, paired: bool = False, resamples: int = 20_000
 ) -> tuple[float, float, float]:
-    """A statistic and its central 95 % over bootstrap samples of the prompts.
+    """A statistic and its central 95 % when prompts and seeds are drawn again.
+
+    Prompts are drawn with replacement within their levels, the kinds and numbers of copies that
+    were designed, from each level of n prompts n - 1 (Rao and Wu 1988). Near-duplicates count as
+    one prompt, their mean. Seeds are drawn too, the same for all prompts, as a seed is the same
+    noise for each (Owen 2007); that errs on the wide side. The ends lie three of their own
+    standard errors further out, so that no verdict hangs on what was drawn.
 
     Parameters
     ----------
-    statistic : takes the groups and `axis`.
-    groups : one number a prompt each. Each group is drawn again on its own, with replacement;
-        with `paired`, the same prompts are drawn from all of them.
+    statistic : takes the groups, one number a prompt each, and `axis`.
+    groups : numbers [prompt] or [prompt, seed]. Kinds, copies and near-duplicates are read off a
+        DataArray's coordinates; other arrays have one level. Each group is drawn on its own; with
+        `paired`, the same prompts of all, by the first one's coordinates.
 
     Returns
     -------
     value, low, high. The interval is NaN where a resample has no statistic, as a correlation of
     equal numbers.
     """
-    groups = [np.asarray(group, dtype=float) for group in groups]
+    units = [_units(group, groups[0] if paired else group) for group in groups]
+    rng, found = np.random.default_rng(0), []
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where there is no statistic, it shows as NaN
-        value = float(statistic(*groups, axis=-1))
-        if min(len(group) for group in groups) < 2:
+        value = float(statistic(*(x.mean(1) for x, _ in units), axis=-1))
+        if min(len(x) for x, _ in units) < 2:
             return value, np.nan, np.nan
-        found = stats.bootstrap(
-            groups, statistic, paired=paired, n_resamples=resamples, method="percentile",
-            vectorized=True, rng=np.random.default_rng(0),
-        )  # fmt: skip
-    return value, *map(float, found.confidence_interval)
+        for start in range(0, resamples, 500):
+            count = min(500, resamples - start)
+            seeds = {n: rng.multinomial(n, np.full(n, 1 / n), count) / n for n in _widths(units)}
+            picks = [_draw(level, count, rng) for _, level in units[: 1 if paired else None]]
+            drawn = [
+                np.take_along_axis(seeds[x.shape[1]] @ x.T, picks[0 if paired else i], 1)
+                for i, (x, _) in enumerate(units)
+            ]
+            found.append(statistic(*drawn, axis=-1))
+    outside = 0.025 - 3 * np.sqrt(0.025 * 0.975 / resamples)
+    return value, *map(float, np.quantile(np.concatenate(found), [outside, 1 - outside]))
+
+
+def _units(values: np.ndarray, like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers [prompt, seed] with near-duplicates averaged, and the level of each prompt."""
+    known = getattr(like, "coords", {})
+    own = pd.Series([f"row {n}" for n in range(len(like))])
+    labels = {n: pd.Series(known[n]) for n in ("kind", "multiplicity", "group") if n in known}
+    group = labels.pop("group", own).fillna(own).astype(str)
+    level = sum((label.astype(str) + " " for label in labels.values()), start=own.map(lambda _: ""))
+    unit = level + group
+    x = pd.DataFrame(np.asarray(values, dtype=float).reshape(len(like), -1))
+    x, level = x.groupby(unit.values).mean(), level.groupby(unit.values).first()
+    if level.value_counts().min() < 2:  # a level of one prompt could not vary
+        level[:] = ""
+    return x.values, level.values
+
+
+def _widths(units) -> list[int]:
+    return sorted({x.shape[1] for x, _ in units})
+
+
+def _draw(level: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Places of `count` resamples, [resample, prompt]: n - 1 of each level's n."""
+    places = [np.flatnonzero(level == name) for name in np.unique(level)]
+    return np.hstack([p[rng.integers(len(p), size=(count, len(p) - 1))] for p in places])
 
 
 def verdict(name: str, low: float, high: float) -> str:
