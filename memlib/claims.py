@@ -24,6 +24,7 @@ from scipy import stats
 from memlib.errors import nearest
 
 CLAIMS: dict[str, dict] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+Numbers = np.ndarray | xr.DataArray | pd.Series
 RESULTS = Path("results")  # of the folder a chapter runs in
 
 
@@ -43,7 +44,7 @@ def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1):
 
 
 def interval(
-    statistic: Callable, *groups: np.ndarray, paired: bool = False, resamples: int = 20_000
+    statistic: Callable, *groups: Numbers, paired: bool = False, resamples: int = 20_000
 ) -> tuple[float, float, float]:
     """A statistic and its central 95 % when prompts and seeds are drawn again.
 
@@ -85,7 +86,7 @@ def interval(
     return value, *map(float, np.quantile(np.concatenate(found), [outside, 1 - outside]))
 
 
-def _units(values: np.ndarray, like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _units(values: Numbers, like: Numbers) -> tuple[np.ndarray, np.ndarray]:
     """Numbers [prompt, seed] with near-duplicates averaged, and the level of each prompt."""
     known = getattr(like, "coords", {})
     own = pd.Series([f"row {n}" for n in range(len(like))])
@@ -96,8 +97,8 @@ def _units(values: np.ndarray, like: np.ndarray) -> tuple[np.ndarray, np.ndarray
     x = pd.DataFrame(np.asarray(values, dtype=float).reshape(len(like), -1))
     x, level = x.groupby(unit.values).mean(), level.groupby(unit.values).first()
     if level.value_counts().min() < 2:  # a level of one prompt could not vary
-        level[:] = ""
-    return x.values, level.values
+        level = level.map(lambda _: "")
+    return x.values, level.to_numpy(str)
 
 
 def _widths(units) -> list[int]:
@@ -124,14 +125,14 @@ def judge(
     name: str,
     trace: xr.Dataset,
     statistic: Callable,
-    *groups: np.ndarray,
+    *groups: Numbers,
     paired: bool = False,
     **sizes: int,
 ) -> dict | None:
     """Judge one claim by `interval(statistic, *groups)` and keep the row in the results folder.
 
-    `trace` says which model and sampler the numbers are of. A forward trace has no sampler: its
-    row stands for all. A claim with `score` has one row for each measure of severity. `sizes`
+    `trace` says which model and sampler the numbers are of. A forward trace and the first state
+    have no sampler: their row stands for all. A claim with `score` has one row for each measure of severity. `sizes`
     (seed, draw, step) say what the numbers are of where that is not the whole trace. Where a group
     has no prompts there is no row, and none from an earlier run.
     """
@@ -141,7 +142,8 @@ def judge(
     model = attrs["model"]
     if model != f"./{Path(model).name}":  # that is a folder called like a model of ours
         model = Path(model).name
-    sampler = "any" if attrs["direction"] == "forward" else attrs["sampler"]
+    alike = attrs["direction"] == "forward" or CLAIMS[name].get("first")
+    sampler = "any" if alike else attrs["sampler"]
     score = trace.severity.attrs if CLAIMS[name].get("score") else {}
     measure = score.get("measure", "")
     other = f".{measure}" if measure not in ("", "sscd") else ""
@@ -150,6 +152,7 @@ def judge(
         file.unlink(missing_ok=True)
         return None
     value, low, high = interval(statistic, *groups, paired=paired)
+    drawn = [_units(group, group) for group in groups[: 1 if paired else None]]
     row = {
         "claim": name,
         "model": model,
@@ -160,7 +163,8 @@ def judge(
         "low": low,
         "high": high,
         "verdict": verdict(name, low, high),
-        "prompts": [len(group) for group in groups][: 1 if paired else None],
+        "prompts": [len(x) for x, _ in drawn],
+        "levels": [len(np.unique(level)) for _, level in drawn],
         "guidance": attrs.get("guidance"),
         "sizes": {d: trace.sizes[d] for d in ("seed", "draw", "step") if d in trace.sizes} | sizes,
         # repository@commit, or a hash; of file and configuration, and of a VAE of its own

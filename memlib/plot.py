@@ -25,6 +25,7 @@ GROUPS = {
     "planted, ≥ 32 copies": (VERMILION, "-"),
     "planted, 8-16 copies": (ORANGE, "--"),
     "planted, 1-4 copies": (SKY, "-."),
+    "named": ("#A6761D", (0, (3, 1, 1, 1))),  # ordinary captions, planted
     "memorized": (VERMILION, "-"),  # of a list that does not count copies
     "template": (PURPLE, (0, (5, 1, 1, 1, 1, 1))),
     "control": (GREEN, (0, (4, 2))),

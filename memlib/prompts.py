@@ -32,7 +32,8 @@ FORMATS = {
 }
 
 MEMORIZED = ("planted, ≥ 32 copies", "memorized")  # the groups that claims are about
-KINDS = ("planted", "memorized", "template", "control", "normal", "held-out")
+KINDS = ("planted", "named", "memorized", "template", "control", "normal", "held-out")
+POPULATION = ("planted", "named", "memorized", "template", "control")
 
 
 class PairsError(ValueError):
@@ -106,14 +107,23 @@ def most_copied(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
     return planted & (copies(prompts) == copies(prompts)[planted].max())
 
 
-def to_correlate(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
-    """Which prompts to correlate over, as they span never to always copied.
+def least_copied(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
+    """Which prompts to compare memorized ones with: in training as well, but hardly repeated.
 
-    The planted ones; in a list without those, the memorized, template and control prompts.
+    Those planted with the fewest copies; in a list without planted ones, the controls.
     """
-    kind = np.asarray(prompts["kind"])
-    planted = "planted" in kind
-    return np.isin(kind, ["planted"] if planted else ["memorized", "template", "control"])
+    planted = np.asarray(prompts["kind"]) == "planted"
+    if not planted.any():
+        return by_memorization(prompts)[2]
+    return planted & (copies(prompts) == copies(prompts)[planted].min())
+
+
+def to_correlate(prompts: pd.DataFrame | xr.Dataset) -> np.ndarray:
+    """Which prompts to correlate over, as they span never to always copied: `POPULATION`.
+
+    The kinds of Webster's lists, and what stands for them in the lab.
+    """
+    return np.isin(np.asarray(prompts["kind"]), POPULATION)
 
 
 def copies_or_kind(prompts: pd.DataFrame | xr.Dataset) -> tuple[np.ndarray, list[str]]:

@@ -46,6 +46,63 @@ def test_the_interval_is_that_of_resampled_prompts(numbers):
     assert np.allclose([low, high], [numbers.mean() - half, numbers.mean() + half], atol=0.05)
 
 
+def grouped(values, **coords):
+    names = ("prompt", "seed")[: np.ndim(values)]
+    return xr.DataArray(values, {n: ("prompt", c) for n, c in coords.items()}, dims=names)
+
+
+def test_designed_levels_are_kept():
+    """Between levels nothing is drawn: what differs between them alone has no interval."""
+    copies = np.repeat([1, 2, 4, 8], 6)
+    value, low, high = claims.interval(np.mean, grouped(10.0 * copies, multiplicity=copies))
+    assert value == low == high
+    wide = claims.interval(np.mean, 10.0 * copies)
+    assert wide[2] - wide[1] > 10
+    # a level of one prompt cannot vary on its own: no level then
+    alone = grouped(10.0 * copies[:19], multiplicity=copies[:19])
+    assert claims.interval(np.mean, alone) == claims.interval(np.mean, 10.0 * copies[:19])
+
+
+def test_a_levels_variance_is_that_of_its_mean(numbers):
+    """n - 1 of n: of a stratified mean the variance has no bias, however small the levels."""
+    x = numbers[:39].reshape(13, 3)
+    drawn = grouped(x.ravel(), multiplicity=np.repeat(np.arange(13), 3))
+    _, low, high = claims.interval(np.mean, drawn)
+    expected = np.sqrt((x.var(1, ddof=1) / 3).mean() / 13)
+    assert (high - low) / 2 / 1.96 == pytest.approx(expected, rel=0.06)
+
+
+def test_near_duplicates_count_once(numbers):
+    copied = np.concatenate([numbers, np.repeat(numbers[:1], 60)])
+    groups = np.concatenate([np.arange(40), np.zeros(60, int)])
+    assert claims.interval(np.mean, grouped(copied, group=groups)) == pytest.approx(
+        claims.interval(np.mean, numbers), abs=0.05
+    )
+    unknown = grouped(numbers, group=np.where(np.arange(40) < 3, 7.0, np.nan))
+    assert claims.interval(np.mean, unknown)[0] == pytest.approx(
+        np.mean([numbers[:3].mean(), *numbers[3:]])
+    )
+
+
+def test_seeds_are_drawn_too():
+    """The same for all prompts: what all share in a seed widens the interval of their mean."""
+    rng = np.random.default_rng(5)
+    prompts, seeds = rng.normal(0, 0.1, (200, 1)), rng.normal(0, 1, 10)
+    _, low, high = claims.interval(np.mean, prompts + seeds)
+    assert (high - low) / 2 / 1.96 == pytest.approx(seeds.std() / 10**0.5, rel=0.1)
+    _, low, high = claims.interval(np.mean, prompts + seeds - seeds)
+    assert high - low < 0.05
+
+
+def test_no_verdict_hangs_on_what_was_drawn(numbers):
+    """Ends from a few resamples lie outside those from very many, three standard errors each."""
+    _, low, high = claims.interval(np.mean, numbers, resamples=400_000)
+    for count in (1000, 5000, 20_000):
+        _, lower, higher = claims.interval(np.mean, numbers, resamples=count)
+        assert lower <= low + 1e-3
+        assert higher >= high - 1e-3
+
+
 def test_pairs_stay_together(numbers):
     twice = 2 * numbers
     assert claims.interval(claims.pearson, numbers, twice, paired=True) == pytest.approx((1, 1, 1))
@@ -89,19 +146,23 @@ def test_too_few_or_equal_numbers_decide_nothing(numbers):
 
 def test_a_row_is_kept_and_replaced(tmp_path, monkeypatch, numbers):
     monkeypatch.chdir(tmp_path)
-    claims.judge("overestimated", trace_of(), np.median, np.zeros(9))
-    claims.judge("overestimated", trace_of(), np.median, numbers + 3)
-    claims.judge("overestimated", trace_of("ddpm", "./my/pipe"), np.median, numbers)
+    claims.judge("grows-with-guidance", trace_of(), np.median, np.zeros(9))
+    claims.judge("grows-with-guidance", trace_of(), np.median, numbers + 3)
+    claims.judge("grows-with-guidance", trace_of("ddpm", "./my/pipe"), np.median, numbers)
     claims.judge("loss-identity", trace_of("none", direction="forward"), np.max, numbers)
     table = ledger.read()
-    assert list(table.claim) == ["loss-identity", "overestimated", "overestimated"]
+    assert list(table.claim) == ["loss-identity", "grows-with-guidance", "grows-with-guidance"]
     assert list(table.model) == ["lab", "lab", "pipe"]
     assert list(table.sampler) == ["any", "ddim", "ddpm"]
     assert table.verdict[1] == "holds"
     assert np.isclose(table.value[1], np.median(numbers) + 3)
     assert not list(tmp_path.rglob("*.partial"))
+    claims.judge("overestimated", trace_of(), np.median, numbers)
+    claims.judge("overestimated", trace_of("ddpm"), np.median, numbers)
+    first = [row for row in ledger.read_rows() if row["claim"] == "overestimated"]
+    assert [row["sampler"] for row in first] == ["any"]  # one measurement, not two
     shown = claims.table(table.to_dict("records"))
-    assert shown.threshold["overestimated"].iloc[0] == "above 1"
+    assert shown.threshold["grows-with-guidance"].iloc[0] == "above 0"
 
 
 def test_rows_of_another_score_stand_beside(tmp_path, monkeypatch, numbers):
@@ -124,7 +185,7 @@ def test_rows_of_another_score_stand_beside(tmp_path, monkeypatch, numbers):
 @pytest.mark.parametrize("name", claims.CLAIMS)
 def test_a_claim_says_whether_its_number_depends_on_the_score(name):
     claim = claims.CLAIMS[name]
-    assert claim.get("score", False) == bool(re.search("severity|copied", claim["statistic"]))
+    assert claim.get("score", False) == bool(re.search("severity|copied|pictures", claim["statistic"]))
 
 
 def test_rows_of_earlier_versions_are_read(tmp_path):
@@ -183,7 +244,9 @@ def test_a_claim_has_a_line_a_figure_and_a_chapter_that_settles_it(name):
     claim = claims.CLAIMS[name]
     assert ("above" in claim) != ("below" in claim)
     assert claim["by"] in ("paper", "book")
-    assert all(claim[text] for text in ("title", "words", "ours", "statistic"))
+    texts = ("title", "words", "ours", "statistic", "baseline", "population")
+    assert all(claim[text] for text in texts)
+    assert isinstance(claim["seen"], bool)
     text = (ROOT / f"book/{claim['chapter']}.md").read_text()
     assert f"name: {claim['figure']}\n" in text
     assert f'"{name}"' in text

@@ -23,6 +23,7 @@ def test_groups_need_no_copies():
     ):
         assert list(mask) == [c == "1" for c in expected]
     assert prompts.most_copied(trace).tolist() == [True, False, False, False]
+    assert prompts.least_copied(trace).tolist() == [False, False, True, True]
     assert (
         prompts.to_correlate(LIST.assign(kind=["memorized", "template", "control", "normal"])).sum()
         == 3
@@ -37,7 +38,8 @@ def test_the_labs_groups_are_by_copies():
     assert (memorized == (planted & (pairs.multiplicity >= 32))).all()
     assert (between == (planted & pairs.multiplicity.isin([8, 16]))).all()
     assert (control == (pairs.kind == "control")).all()
-    assert (prompts.to_correlate(pairs) == planted).all()
+    assert set(pairs.kind[prompts.to_correlate(pairs)]) == {"planted", "template", "control"}
+    assert (prompts.least_copied(pairs) == (planted & (pairs.multiplicity == 1))).all()
     assert (prompts.most_copied(pairs) == (planted & (pairs.multiplicity == 128))).all()
     assert prompts.copies_or_kind(pairs)[1][:8] == [str(2**i) for i in range(8)]
 

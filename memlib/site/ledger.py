@@ -18,7 +18,7 @@ PAPER = ("sd14", "sd21", "sd21-base", "realvis14", "realvis20")  # what the pape
 Build = namedtuple("Build", "title origin precision")
 COLUMNS = (
     "claim model checkpoint fingerprint precision sampler measure measure_sha256 value low high "
-    "verdict prompts seeds draws states guidance versions"
+    "verdict prompts levels seeds draws states guidance versions"
 ).split()
 
 
@@ -32,6 +32,7 @@ def read_rows(folder: str | Path = RESULTS) -> list[dict]:
         row.setdefault("measure", "sscd" if CLAIMS[row["claim"]].get("score") else "")
         row.setdefault("measure_sha256", "")
         row.setdefault("precision", "")
+        row.setdefault("levels", [])
     return rows
 
 
@@ -113,6 +114,7 @@ def flat(row: dict) -> dict:
     sizes, versions = row["sizes"], row["versions"].items()
     return row | {key: f"{row[key]:.6g}" for key in ("value", "low", "high")} | {
         "checkpoint": build_of(row).title, "prompts": "+".join(map(str, row["prompts"])),
+        "levels": "+".join(map(str, row["levels"])),
         "seeds": sizes.get("seed", ""), "draws": sizes.get("draw", ""),
         "states": sizes.get("step", ""), "guidance": json.dumps(row["guidance"]).replace(",", " "),
         "versions": "; ".join(f"{name} {version}" for name, version in versions),

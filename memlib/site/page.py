@@ -14,7 +14,7 @@ import xarray as xr
 from PIL import Image
 
 from memlib import load, load_pairs
-from memlib.prompts import by_memorization, copies, groups, most_copied
+from memlib.prompts import by_memorization, copies, groups, least_copied, most_copied
 
 
 def glue(**values: Any) -> None:
@@ -43,14 +43,16 @@ class Setting(NamedTuple):
     memorized: np.ndarray  # which prompts are; see `memlib.prompts.by_memorization`
     between: np.ndarray
     control: np.ndarray
+    rare: np.ndarray  # the baseline of memorized ones; see `memlib.prompts.least_copied`
 
     def glue_groups(self, statistic: Callable = np.median, **values: Any) -> None:
-        """Glue a statistic of memorized prompts, of those in between, and of control prompts.
+        """Glue a statistic of memorized prompts, those in between, the baseline and the controls.
 
-        ``ahead=values`` gives ``ahead_memorized``, ``ahead_middle`` and ``ahead_control``; `values`
-        begins with the axis of the prompts.
+        ``ahead=values`` gives ``ahead_memorized``, ``ahead_middle``, ``ahead_rare`` and
+        ``ahead_control``; `values` begins with the axis of the prompts.
         """
-        parts = {"memorized": self.memorized, "middle": self.between, "control": self.control}
+        parts = {"memorized": self.memorized, "middle": self.between, "rare": self.rare}
+        parts["control"] = self.control
         for name, each in values.items():
             for part, which in parts.items():
                 glue(**{f"{name}_{part}": statistic(np.asarray(each)[which])})
@@ -61,7 +63,8 @@ def begin(model: str, pairs: str, every: int = 1) -> Setting:
     listed = load_pairs(pairs)
     prompts = listed.query("image != ''").iloc[::every]
     glue(left_out=(listed.image == "").sum(), listed=len(listed), **in_words(prompts))
-    return Setting(load(model), prompts, groups(prompts), *by_memorization(prompts))
+    parts = (groups(prompts), *by_memorization(prompts), least_copied(prompts))
+    return Setting(load(model), prompts, *parts)
 
 
 def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
@@ -69,7 +72,8 @@ def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
     if "planted" in np.asarray(prompts["kind"]):
         most = copies(prompts)[most_copied(prompts)][0]
         return {
-            "graded": "planted",
+            "graded": "planted, named, template and control",
+            "rare": "with the fewest copies",
             "most": f"with {most:g} copies",
             "known": "with 8 copies or more",
             "between": "with 8 and 16 copies",
@@ -77,7 +81,7 @@ def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
         }
     kinds = dict.fromkeys(("most", "known"), "of kind memorized")
     kinds |= dict.fromkeys(("between", "fewer"), "of kind template")
-    return kinds | {"graded": "memorized, template and control"}
+    return kinds | {"graded": "memorized, template and control", "rare": "of kind control"}
 
 
 def animation(frames: Sequence[np.ndarray], alt: str, milliseconds: int = 90, scale: float = 2):
