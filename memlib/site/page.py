@@ -15,6 +15,7 @@ from PIL import Image
 
 from memlib import load, load_pairs
 from memlib.prompts import by_memorization, copies, groups, least_copied, most_copied
+from memlib.trace import score
 
 
 def glue(**values: Any) -> None:
@@ -65,6 +66,13 @@ def begin(model: str, pairs: str, every: int = 1) -> Setting:
     glue(left_out=(listed.image == "").sum(), listed=len(listed), **in_words(prompts))
     parts = (groups(prompts), *by_memorization(prompts), least_copied(prompts))
     return Setting(load(model), prompts, *parts)
+
+
+def both_measures(trace: xr.Dataset, prompts: pd.DataFrame) -> list[xr.Dataset]:
+    """The trace as it was scored, and scored by pixels: what depends on severity shows both."""
+    if trace.severity.attrs.get("measure") == "ncc":
+        return [trace]
+    return [trace, score(trace, prompts, "ncc")]
 
 
 def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
