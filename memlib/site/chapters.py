@@ -62,7 +62,8 @@ def parameters(name: str, notebook: NotebookNode) -> dict:
 def choose(defaults: dict, profile: str, sizes: dict, assignments: str, model: str) -> dict:
     """What to pass to each chapter: the profile's values, the model's, then the command line's.
 
-    Another model brings its own list of prompts. The chapter on the lab stays about the lab,
+    Another model brings its own list of prompts, and its pictures are scored as photographs. The
+    chapter on the lab stays about the lab,
     unless the model is a folder (a lab of one's own). An assignment is ``name=value``, for every
     chapter that has the parameter, or ``chapter.name=value``.
     """
@@ -77,7 +78,8 @@ def choose(defaults: dict, profile: str, sizes: dict, assignments: str, model: s
         given.append(("model", model))
     elif model:
         for chapter, known in defaults.items():
-            own = {"model": model, "pairs": webster(model)} if chapter != "lab" else {}
+            own = {"model": model, "pairs": webster(model), "similarity": "sscd"}
+            own = own if chapter != "lab" else {}
             given += [(f"{chapter}.{n}", value) for n, value in own.items() if value and n in known]
     try:
         words = [word.partition("=") for word in shlex.split(assignments)]

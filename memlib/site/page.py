@@ -14,6 +14,7 @@ import xarray as xr
 from PIL import Image
 
 from memlib import load, load_pairs
+from memlib.measures import COPY
 from memlib.prompts import by_memorization, copies, groups, least_copied, most_copied
 from memlib.trace import score
 
@@ -69,10 +70,18 @@ def begin(model: str, pairs: str, every: int = 1) -> Setting:
 
 
 def both_measures(trace: xr.Dataset, prompts: pd.DataFrame) -> list[xr.Dataset]:
-    """The trace as it was scored, and scored by pixels: what depends on severity shows both."""
-    if trace.severity.attrs.get("measure") == "ncc":
-        return [trace]
-    return [trace, score(trace, prompts, "ncc")]
+    """The trace as it was scored, and by the other of pixels and SSCD.
+
+    What depends on severity is shown by both (see the chapter on the lab).
+    """
+    pixels = trace.severity.attrs.get("measure") == "ncc"
+    return [trace, score(trace, prompts, "sscd" if pixels else "ncc")]
+
+
+def copied(trace: xr.Dataset) -> xr.DataArray:
+    """Which pictures count as copies, over (prompt, seed), by the measure that they were scored by."""
+    measure = trace.severity.attrs.get("measure", "sscd")
+    return trace.severity >= COPY["ncc" if measure == "ncc" else "sscd"]
 
 
 def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
