@@ -132,9 +132,9 @@ def judge(
     """Judge one claim by `interval(statistic, *groups)` and keep the row in the results folder.
 
     `trace` says which model and sampler the numbers are of. A forward trace and the first state
-    have no sampler: their row stands for all. A claim with `score` has one row for each measure of severity. `sizes`
-    (seed, draw, step) say what the numbers are of where that is not the whole trace. Where a group
-    has no prompts there is no row, and none from an earlier run.
+    have no sampler: their row stands for all. A claim with `score` has one row for each measure of
+    severity. `sizes` (seed, draw, step) say what the numbers are of where that is not the whole
+    trace. Where a group has no prompts there is no row, and none from an earlier run.
     """
     if name not in CLAIMS:
         raise KeyError(f"unknown claim {name!r}{nearest(name, CLAIMS)}")

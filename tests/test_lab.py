@@ -18,22 +18,50 @@ def test_the_world_has_what_the_book_says():
     assert len({r.caption for r in rows}) == len({r.prompt_id for r in rows}) == len(rows)
     planted = Counter(r.copies for r in rows if r.kind == "planted")
     assert planted == dict.fromkeys(MULTIPLICITIES, scenes.PLANTED_PER_MULTIPLICITY)
-    normal = sum(r.copies for r in rows if r.kind == "normal")
+    named = Counter(r.copies for r in rows if r.kind == "named")
+    assert named == dict.fromkeys(scenes.NAMED_MULTIPLICITIES, scenes.NAMED_PER_MULTIPLICITY)
+    normal = sum(r.copies for r in rows if r.kind in ("normal", "named"))
     assert normal / sum(r.copies for r in rows) == pytest.approx(scenes.NORMAL_SHARE, abs=0.01)
     assert all(r.copies == 0 for r in rows if r.kind == "held-out")
 
 
-def test_only_planted_scenes_repeat():
-    """Two draws: planted equal to the pixel, templates in their objects, the others in nothing."""
-    for kind in ("planted", "template", "control", "normal"):
+def test_only_planted_and_named_scenes_repeat():
+    """Two draws: equal to the pixel where fixed, templates in their objects, others in nothing."""
+    for kind in ("planted", "named", "template", "control", "normal"):
         row = next(r for r in world() if r.kind == kind)
         a, b = (row.draw(np.random.default_rng(seed)) for seed in (0, 1))
-        assert (a == b) == (kind == "planted")
-        assert (a.items == b.items) == (kind in ("planted", "template"))
+        assert (a == b) == (kind in ("planted", "named"))
+        assert (a.items == b.items) == (kind in ("planted", "named", "template"))
         assert np.array_equal(render(a), render(row.draw(np.random.default_rng(0))))
         if kind == "normal":
             assert a.items[0].sprite == b.items[0].sprite
             assert a.items[0].sprite in row.caption
+
+
+def test_the_words_of_a_named_caption_stand_elsewhere_too():
+    """Its object with other colours, its colour with other objects, all drawn anew."""
+    rows = world()
+    sprites = [r.scene.items[0].sprite for r in rows if r.kind == "named"]
+    assert len(set(sprites)) == len(sprites)
+    anew = [r.caption for r in rows if r.kind == "normal"]
+    for row in (r for r in rows if r.kind == "named"):
+        sprite, colour = row.caption.split(" on ")
+        assert sum(c.startswith(f"{sprite} on ") for c in anew) >= 5
+        assert sum(c.endswith(colour) for c in anew) >= 5
+
+
+def test_a_training_can_see_half_of_the_pairs_drawn_anew():
+    """Of each number of copies; captions, counts and all other rows as they were."""
+    changed = [(a, b) for a, b in zip(world(), train.redrawn(), strict=True) if a != b]
+    assert Counter((a.kind, a.copies) for a, _ in changed) == {
+        **{("planted", m): 3 for m in MULTIPLICITIES},
+        **{("named", m): 1 for m in scenes.NAMED_MULTIPLICITIES},
+    }
+    for a, b in changed:
+        assert (a.caption, a.copies, a.prompt_id) == (b.caption, b.copies, b.prompt_id)
+        drawn = [b.draw(np.random.default_rng(seed)) for seed in (0, 1)]
+        assert a.fixed
+        assert len({*drawn, a.scene}) == 3
 
 
 def test_an_epoch_shows_every_row_as_often_as_it_says(monkeypatch):
@@ -72,7 +100,7 @@ def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(train.Stage, "update", killed)
             vae = train.train_vae("cpu")
-            return train.train_unet(vae, tokenizer, "cpu", lambda *_: None)
+            return train.train_unet(vae, tokenizer, "cpu", lambda *_: None, list(rows), 0, "")
 
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -102,6 +130,7 @@ def test_the_shipped_manifest_is_the_world():
         )
     kinds = pairs.kind.value_counts()
     assert kinds["planted"] == 48
+    assert kinds["named"] == 18
     assert {"template", "control", "normal", "held-out"} < set(kinds.index)
 
 

@@ -79,7 +79,7 @@ def both_measures(trace: xr.Dataset, prompts: pd.DataFrame) -> list[xr.Dataset]:
 
 
 def copied(trace: xr.Dataset) -> xr.DataArray:
-    """Which pictures count as copies, over (prompt, seed), by the measure that they were scored by."""
+    """Which pictures count as copies, over (prompt, seed), by the measure of their scores."""
     measure = trace.severity.attrs.get("measure", "sscd")
     return trace.severity >= COPY["ncc" if measure == "ncc" else "sscd"]
 
