@@ -40,7 +40,7 @@ def _has_gpu() -> bool:
 def fetch_list(options) -> None:
     """A list by its published checksum, and its images: from a folder, an archive, or the web."""
     known, file = lists.LISTS[options.what], lists.list_file(options.what)
-    downloads.file(known.url, file, md5=known.md5, max_bytes=200_000_000)
+    downloads.file(known.url, file, "md5", known.md5, max_bytes=200_000_000)
     folder = file.parent / "images"
     if options.images and not options.images.exists():
         raise ValueError(f"no folder or archive {str(options.images)!r}")
@@ -80,7 +80,7 @@ def fetch_sscd(network: Network, given: str | None) -> Path:
             f"one you trust with --sha256, or download {network.url} yourself and set "
             f"{network.variable} and {network.variable}_SHA256"
         )
-    file = downloads.file(network.url, network.path, sha256=wanted, max_bytes=network.size)
+    file = downloads.file(network.url, network.path, "sha256", wanted, max_bytes=network.size)
     note = data_folder(f"{network.file}.sha256")
     if wanted == network.sha256:
         note.unlink(missing_ok=True)
