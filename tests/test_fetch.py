@@ -445,7 +445,7 @@ def test_a_prompt_id_cannot_leave_the_folder(tmp_path, stem):
 
 
 def test_ids_that_some_disks_take_for_one(tmp_path):
-    with pytest.raises(ValueError, match="'A' is no file name, or dup"):
+    with pytest.raises(ValueError, match="'A' is no file name, or is dup"):
         fetch.download(pd.DataFrame({"prompt_id": ["a", "A"], "url": ["b", "c"]}), tmp_path)
 
 

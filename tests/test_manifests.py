@@ -258,7 +258,7 @@ def test_a_changed_reference_picture_is_named(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64), "red").save(copy / "pairs" / "control-0.png")
     with pytest.raises(PairsError) as error:
         memlib.load_pairs("lab")
-    one_line(error, "control-0.png is damaged")
+    one_line(error, "control-0.png is missing or damaged")
 
 
 def test_json_lines_and_csv_with_an_index(tmp_path):

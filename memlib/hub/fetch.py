@@ -232,15 +232,13 @@ def _set_aside_shared(
 
 
 def _check_items(items: pd.DataFrame) -> dict[str, list[str]]:
-    stems = items["prompt_id"].astype(str)
-    fine = stems.str.fullmatch(r"\w[\w.-]{0,199}")
-    fine &= ~stems.str.casefold().duplicated()  # some disks take A and a for one file
-    if not fine.all():
-        raise ValueError(
-            f"prompt_id {short(stems[~fine].iloc[0])!r} is no file name, or duplicated"
-        )
-    urls = ([u] if isinstance(u, str) else list(u) for u in items["url"])
-    return dict(zip(stems, urls, strict=True))
+    todo, seen = {}, set()
+    for stem, urls in zip(items["prompt_id"].astype(str), items["url"], strict=True):
+        if not re.fullmatch(r"\w[\w.-]{0,199}", stem) or stem.casefold() in seen:
+            raise ValueError(f"prompt_id {short(stem)!r} is no file name, or is duplicated")
+        seen.add(stem.casefold())  # some disks take A and a for one file
+        todo[stem] = [urls] if isinstance(urls, str) else list(urls)
+    return todo
 
 
 def _read_report(folder: Path) -> dict[str, dict]:

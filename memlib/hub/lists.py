@@ -66,8 +66,7 @@ def standard(table: pd.DataFrame) -> pd.DataFrame:
     if "kind" not in table and "overfit_type" in table:
         types = table.overfit_type.astype(str)
         table["kind"] = types.map(KINDS).fillna(types)
-    if "caption" in table:
-        table["group"] = near_duplicates(table)
+    table["group"] = near_duplicates(table)
     return table
 
 
@@ -82,8 +81,6 @@ def index_text(value: object) -> str:
     """A list's index as text: 12 for 12.0, as it reads where another row has none; "" for none."""
     if not isinstance(value, str) and pd.isna(value):
         return ""
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
     return re.sub(r"(?<=\d)\.0+$", "", str(value).strip())
 
 

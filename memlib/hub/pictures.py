@@ -63,7 +63,7 @@ def find_images(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
     names = [name or f"row {n + 1}" for n, name in enumerate(table.prompt_id)]
     places = [url or name for url, name in zip(urls, names, strict=True)]
     every = zip(names, images, places, near_duplicates(table), strict=True)
-    rows = {name: (sha256(Path(image)), *row) for name, image, *row in every if image}
+    rows = {name: (sha256(Path(image)), *rest) for name, image, *rest in every if image}
     shared = one_for_many(rows)
     for n, name in enumerate(names):
         if name in shared and not own[n]:
@@ -140,7 +140,9 @@ def _sidecar(file: Path, captions: dict[str, str]) -> tuple[str, str]:
 
 
 def one_for_many(rows: dict[str, tuple[str, str, Hashable]]) -> dict[str, str]:
-    """Which pictures are placeholders, for they are byte for byte those of other prompts.
+    """What to say of pictures that are placeholders, for they are those of other prompts, too.
+
+    `rows` gives for each name the picture's checksum, address, and group of near-duplicates.
 
     A server that lost its pictures answers every address with the same one, "not available". But
     memorized pictures are found in many places, too, and lists repeat prompts. So one picture is a
@@ -149,14 +151,6 @@ def one_for_many(rows: dict[str, tuple[str, str, Hashable]]) -> dict[str, str]:
 
     The rule would rather lose a picture, which the report names, than keep a placeholder, with
     which every result of its prompt is wrong, and nobody sees it.
-
-    Parameters
-    ----------
-    rows : for each name the picture's checksum, address, and group of near-duplicates.
-
-    Returns
-    -------
-    For each name whose picture is a placeholder: so it says, and names the others.
     """
     same, found = defaultdict(list), {}
     for name, (digest, *_) in rows.items():
