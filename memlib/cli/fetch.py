@@ -18,7 +18,9 @@ from memlib.paths import data_folder
 def fetch(options) -> None:
     """Bring what is asked for by its name to this machine."""
     if checkpoint(options.what):
-        half = options.dtype != "float32" if options.dtype else _has_gpu()
+        import torch  # a list needs none
+
+        half = options.dtype != "float32" if options.dtype else torch.cuda.is_available()
         for path in checkpoints.download(options.what, options.revision, half):
             print(path)
     elif options.what in OFFICIAL:
@@ -27,14 +29,7 @@ def fetch(options) -> None:
         fetch_list(options)
     else:
         valid = (*lists.LISTS, *CHECKPOINTS, *OFFICIAL)
-        hint = nearest(options.what, valid)
-        raise ValueError(f"nothing is known by the name {options.what!r}{hint}")
-
-
-def _has_gpu() -> bool:
-    import torch  # a list needs none
-
-    return torch.cuda.is_available()
+        raise ValueError(f"no such name as {options.what!r}{nearest(options.what, valid)}")
 
 
 def fetch_list(options) -> None:
@@ -67,7 +62,8 @@ def addresses(file: Path) -> pd.DataFrame:
     for row in table.itertuples():
         more = getattr(row, "retrieved_urls", None)
         more = [] if more is None or isinstance(more, float | str) else list(more)
-        urls.append([u for u in dict.fromkeys([row.url, *more]) if isinstance(u, str) and u])
+        texts = [url.strip() for url in (row.url, *more) if isinstance(url, str)]
+        urls.append([url for url in dict.fromkeys(texts) if url])
     return table.assign(url=urls)[["prompt_id", "url", "group"]]
 
 

@@ -66,8 +66,8 @@ def download(
 
     Parameters
     ----------
-    items : columns `prompt_id`, and `url`: an address, or a list of them, tried in order; and
-        `group`, the same for near-duplicate captions (`lists.near_duplicates`), where there are.
+    items : columns `prompt_id`, `url` (an address, or a list of them, tried in order) and, where
+        there are near-duplicate captions, `group` (the same for these: `lists.near_duplicates`).
     retry_failed : try again what an earlier run found gone (404, 410) or set aside.
     limits : of `Client`.
 
@@ -203,9 +203,8 @@ async def _item(client: Client, folder: Path, stem: str, urls: list[str], old: d
 
 
 def _facts(file: Path, look: Look) -> dict:
-    width, height = look.size
-    size, mark = file.stat().st_size, sha256(file)
-    return {"bytes": size, "width": width, "height": height, "sha256": mark}
+    sizes = dict(zip(("width", "height"), look.size, strict=True))
+    return sizes | {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def _set_aside(file: Path, name: str) -> None:
