@@ -143,14 +143,12 @@ def one_for_many(rows: dict[str, tuple[str, str, Hashable]]) -> dict[str, str]:
     """What to say of pictures that are placeholders, for they are those of other prompts, too.
 
     `rows` gives for each name the picture's checksum, address, and group of near-duplicates.
-
     A server that lost its pictures answers every address with the same one, "not available". But
     memorized pictures are found in many places, too, and lists repeat prompts. So one picture is a
     placeholder where different addresses (but for scheme and fragment) gave it *and* it came for
-    prompts whose captions differ by more than case and punctuation (`near_duplicates`).
-
-    The rule would rather lose a picture, which the report names, than keep a placeholder, with
-    which every result of its prompt is wrong, and nobody sees it.
+    prompts whose captions differ by more than case and punctuation (`near_duplicates`). This rather
+    loses a picture, which the report names, than keeps a placeholder, with which every result of
+    its prompt is wrong, and nobody sees it.
     """
     same, found = defaultdict(list), {}
     for name, (digest, *_) in rows.items():
