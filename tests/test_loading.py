@@ -636,9 +636,19 @@ def test_weights_that_are_not_finite(copy, file, value):
     [
         ("vae", {"scaling_factor": None}, "scaling_factor is None"),
         ("vae", {"scaling_factor": 0}, "scaling_factor is 0"),
+        ("vae", {"shift_factor": 0.1}, "shifts latents"),
         ("unet", {"dual_cross_attention": True}, "too many|missing"),
         ("unet", {"sample_size": 0}, "sample_size is 0"),
         ("scheduler", {"_class_name": "EDMEulerScheduler"}, "states no noise schedule"),
+        (
+            "scheduler",
+            {
+                "_class_name": "UniPCMultistepScheduler",
+                "use_flow_sigmas": True,
+                "prediction_type": "flow_prediction",
+            },
+            "states no noise schedule",
+        ),
     ],
 )
 def test_configurations_that_make_no_sense(copy, part, setting, pattern):

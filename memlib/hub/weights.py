@@ -251,7 +251,10 @@ def _check(place: Place, pipe) -> None:
         f"{place.path}: ",
         (not vae.scaling_factor or vae.scaling_factor != own_scale,
          f"its VAE's scaling_factor is {vae.scaling_factor}, the pipeline's own has {own_scale}"),
-        (not {"beta_start", "beta_end", "beta_schedule"} <= {*scheduler},
+        (any(vae.get(name) for name in ("shift_factor", "latents_mean", "latents_std")),
+         "its VAE shifts latents, as no Stable Diffusion does"),
+        (not {"beta_start", "beta_end", "beta_schedule"} <= {*scheduler}
+         or scheduler.get("use_flow_sigmas") or scheduler.prediction_type == "flow_prediction",
          f"its scheduler ({type(pipe.scheduler).__name__}) states no noise schedule"),
         *((unet.get(name), f"its U-Net takes more than latents, timestep and text ({name})")
           for name in INPUTS),
