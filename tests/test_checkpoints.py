@@ -496,8 +496,8 @@ def test_fetching_weights(hub):
         ("gated/model", "gated/model is gated: accept its licence"),
         ("some/other", "the Hub has no repository 'some/other'"),
         ("some/model@v9", "some/model has no revision 'v9'"),
-        ("some/nothing", "some/nothing is no diffusers pipeline"),
-        ("some/pickled", "it has no weights in safetensors format"),
+        ("some/nothing", "some/nothing has no file model_index.json"),
+        ("some/pickled", "no weights in safetensors format (unet/)"),
         ("some/xl", "some/xl is a StableDiffusionXLPipeline; supported"),
     ],
 )

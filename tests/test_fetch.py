@@ -17,7 +17,6 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from email.utils import formatdate
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,7 +32,7 @@ from memlib.hub import fetch
 HERE = "127.0.0.1"
 QUICK = {
     "timeout": 0.4, "total": 1.0, "retries": 1, "delay": 0, "backoff": 0.02,
-    "max_bytes": 200_000, "progress": False, "allow_private": frozenset({HERE}),
+    "max_bytes": 200_000,
 }  # fmt: skip
 
 
@@ -69,7 +68,6 @@ GOOD, JPEG = picture(), picture(120, "JPEG")
 INK = np.zeros((80, 80, 4), np.uint8)  # black, on a transparent ground
 INK[20:60, 30:50, 3] = 255
 PAGE = b"<!DOCTYPE html>\n<html><body>This picture has moved</body></html>"
-SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>'
 BODIES = {  # served with status 200
     "/good.png": GOOD,
     "/good.jpg": JPEG,
@@ -83,9 +81,7 @@ BODIES = {  # served with status 200
     "/good-ink.png": drawing(INK),
     "/clear.png": drawing(np.uint8([90, 90, 90, 0]) + np.zeros_like(INK)),
     "/float.tif": drawing(np.linspace(0, 1, 6400, dtype=np.float32).reshape(80, 80), "TIFF"),
-    "/phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100),
     "/page": PAGE,
-    "/drawing": SVG,
     "/empty": b"",
     "/text": b"gone",
     "/cut.jpg": JPEG[: len(JPEG) // 2],
@@ -200,8 +196,13 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(b"", 404)
 
 
+IS_PUBLIC = fetch.is_public
+
+
 @pytest.fixture
-def server():
+def server(monkeypatch):
+    """A server on this machine, the only private address that may be asked."""
+    monkeypatch.setattr(fetch, "is_public", lambda address: address == HERE or IS_PUBLIC(address))
     made = Server()
     yield made
     made.shutdown()
@@ -228,23 +229,21 @@ FAULTS = [  # path, status, reason, requests, kept in set-aside
     ("/long", "failed", "more than 200000 bytes", 1, ""),
     ("/more", "failed", r"received (\d+) of \d+ bytes", 2, ""),
     ("/chunks", "failed", "Not enough data", 2, ""),
-    ("/gzip", "set aside", "not an image of a known kind", 1, ""),
+    ("/gzip", "set aside", "not an image of a kind", 1, ""),
     ("/page", "set aside", "an HTML page, not an image", 1, ""),
-    ("/drawing", "set aside", "an SVG drawing", 1, ""),
     ("/empty", "set aside", "empty", 1, ""),
-    ("/text", "set aside", "not an image of a known kind", 1, ""),
+    ("/text", "set aside", "not an image of a kind", 1, ""),
     ("/cut.jpg", "set aside", "truncated", 1, ""),
     ("/cut.png", "set aside", "truncated", 1, ""),
-    ("/harmed.png", "set aside", "a decompression bomb: 80 x 4294967295|a damaged PNG", 1, ""),
+    ("/harmed.png", "set aside", "a PNG that cannot be decoded", 1, ""),
     ("/tiny.gif", "set aside", "tiny: 1 x 1 pixels, a side below 64", 1, "0.gif"),
     ("/low.png", "set aside", "tiny: 40 x 40", 1, "0.png"),
-    ("/black.jpg", "set aside", "all black", 1, "0.jpg"),
+    ("/black.jpg", "set aside", r"a single colour \(0, 0, 0\)", 1, "0.jpg"),
     ("/grey.png", "set aside", r"a single colour \(40, 50, 60\)", 1, "0.png"),
-    ("/bomb.png", "set aside", "bomb: Image size .100000000 pixels", 1, ""),
-    ("/bigger-bomb.png", "set aside", "decompression bomb: Image size", 1, ""),
+    ("/bomb.png", "set aside", "Image size .100000000 pixels.* decompression bomb", 1, ""),
+    ("/bigger-bomb.png", "set aside", "Image size .* decompression bomb", 1, ""),
     ("/clear.png", "set aside", "fully transparent: a placeholder", 1, "0.png"),
     ("/float.tif", "set aside", "32 bits a pixel, whose range is not known", 1, "0.tif"),
-    ("/phone.heic", "set aside", "a HEIF picture, .* convert it", 1, ""),
     ("/moved", "set aside", "redirected to .*/NoImage_200x200.png", 1, ""),
     ("/404", "failed", "^HTTP 404$", 1, ""),
     ("/410", "failed", "^HTTP 410$", 1, ""),
@@ -316,7 +315,7 @@ def test_a_host_that_asks_for_a_long_pause_is_left_alone(server, tmp_path):
 @pytest.mark.parametrize(
     ("address", "public"),
     [
-        ("8.8.8.8", True), ("2606:4700::1111", True), ("::ffff:8.8.8.8", True),
+        ("8.8.8.8", True), ("2606:4700::1111", True),
         ("64:ff9b::808:808", True), ("127.0.0.1", False), ("10.1.2.3", False),
         ("172.16.0.1", False), ("192.168.1.1", False), ("169.254.169.254", False),
         ("100.64.0.1", False), ("0.0.0.0", False), ("224.0.0.1", False), ("240.0.0.1", False),
@@ -358,8 +357,8 @@ def test_only_public_addresses_are_connected_to(server, tmp_path, monkeypatch, f
         raise ConnectionRefusedError("refused by the test")
 
     monkeypatch.setattr(socket.socket, "connect", connect)
-    row = get([f"http://photos.example:{server.server_port}/good.png"], tmp_path, retries=0,
-              allow_private=()).iloc[0]  # fmt: skip
+    monkeypatch.setattr(fetch, "is_public", IS_PUBLIC)
+    row = get([f"http://photos.example:{server.server_port}/good.png"], tmp_path, retries=0).iloc[0]
     assert (connected, asked) == ([a for a in found if a == "8.8.8.8"], ["photos.example"])
     assert f"{found[-1]} is not a public address" in row.reason
 
@@ -416,8 +415,6 @@ def test_proxies_of_the_environment_are_not_used(server, tmp_path, monkeypatch):
         (f"http://{'a' * 70}.example/", "label empty or too long"),
         ("photo.jpg", "InvalidUrlClientError: photo.jpg"),
         ("http://a\0b/", "gaierror|null"),
-        ("", "no address"),
-        (None, "no address"),
         ([], "no address"),
     ],
 )
@@ -427,7 +424,7 @@ def test_addresses_that_are_none(tmp_path, url, reason):
     assert re.search(reason, row.reason), row.reason
 
 
-def test_nothing_listens(tmp_path):
+def test_nothing_listens(server, tmp_path):
     with socket.socket() as free:
         free.bind((HERE, 0))
         port = free.getsockname()[1]
@@ -448,7 +445,7 @@ def test_a_prompt_id_cannot_leave_the_folder(tmp_path, stem):
 
 
 def test_ids_that_some_disks_take_for_one(tmp_path):
-    with pytest.raises(ValueError, match="'A' is duplicated"):
+    with pytest.raises(ValueError, match="'A' is no file name, or is dup"):
         fetch.download(pd.DataFrame({"prompt_id": ["a", "A"], "url": ["b", "c"]}), tmp_path)
 
 
@@ -476,25 +473,23 @@ def test_alternative_addresses(server, tmp_path, paths, status, used, requests):
         ("image-not-found.png", True), ("imagenotfound.png", True), ("removed.png", True),
         ("photo_unavailable.jpg", True), ("placeholder-large.png", True), ("404.jpg", True),
         ("default-image.png", True), ("ImageMissing.gif", True), ("comingsoon.jpg", True),
-        ("nopic.jpg", True), ("removed-walls.jpg", False), ("missing-persons.jpg", False),
-        ("no-picnic-today.jpg", False), ("casino-images.jpg", False),
-        ("error-of-judgement.jpg", False),
-        ("img_404.jpg", False), ("blank-canvas.jpg", False), ("12.jpg", False), ("", False),
+        ("nopic.jpg", True), ("casino-images.jpg", False), ("img_404.jpg", False),
+        ("12.jpg", False), ("", False),
     ],
 )  # fmt: skip
 def test_names_of_placeholders(name, stand_in):
-    assert bool(fetch.STAND_IN.search(fetch._name(f"http://a.example/x/{name}?y=1"))) == stand_in
+    assert bool(fetch.STAND_IN.search(name)) == stand_in
 
 
 def test_an_address_that_is_called_so_itself_is_trusted(server, tmp_path, monkeypatch):
     monkeypatch.setitem(BODIES, "/missing.png", GOOD)
     straight = server.url("/missing.png")
-    report = get([straight, server.url(f"/to/{straight}")], tmp_path)  # has the same name
-    assert list(report.status) == ["ok", "ok"]
+    for n, url in enumerate((straight, server.url(f"/to/{straight}"))):  # has the same name
+        assert get([url], tmp_path / str(n)).status[0] == "ok"
 
 
 def test_one_picture_for_many_addresses_is_a_placeholder(server, tmp_path):
-    """Three addresses gave it, of captions that are not known; also when it takes three runs."""
+    """Also when it takes three runs."""
     urls = [server.url(f"/gone/{n}.gif") for n in range(3)] + [server.url("/good.png")]
     report = get(urls, tmp_path / "once")
     assert list(report.status) == ["set aside"] * 3 + ["ok"]
@@ -518,7 +513,7 @@ def test_one_picture_for_many_addresses_is_a_placeholder(server, tmp_path):
 @pytest.mark.parametrize(
     ("paths", "groups", "status"),
     [
-        (["/gone/1", "/gone/2"], None, "ok"),  # captions unknown: two may be one picture
+        (["/gone/1", "/gone/2"], None, "set aside"),
         (["/gone/1", "/gone/2"], [5, 7], "set aside"),
         (["/gone/1", "/gone/2", "/gone/3"], [5, 5, 5], "ok"),  # near-duplicates
         (["/gone/1", "/gone/1", "/gone/1#top"], None, "ok"),  # one address
@@ -534,8 +529,7 @@ def test_one_picture_may_be_of_several_prompts(server, tmp_path, paths, groups, 
     for _ in range(2):
         report = fetch.download(items, tmp_path, **QUICK)
         assert set(report.status) <= {status, "kept" if status == "ok" else status}
-        named = len({p.partition("#")[0] for p in paths}) > 1
-        assert report.reason.str.contains("the same picture came for ").all() == named
+        assert report.reason.str.contains("the same picture").all() == (status == "set aside")
 
 
 def test_behind_a_placeholder_the_next_address_is_tried(server, tmp_path):
@@ -553,7 +547,7 @@ def test_behind_a_placeholder_the_next_address_is_tried(server, tmp_path):
 def test_messages_are_short(server, tmp_path):
     long = server.url("/404?" + "x" * 2000)
     with pytest.raises(fetch.FetchError) as error:
-        fetch.file(long, tmp_path / "list", md5=SUMS["md5"], **QUICK_FILE)
+        fetch.file(long, tmp_path / "list", "md5", SUMS["md5"], **QUICK)
     assert len(str(error.value)) <= 300
     assert str(error.value).endswith("HTTP 404")
 
@@ -590,7 +584,6 @@ def test_a_second_run_asks_only_for_what_may_have_changed(server, tmp_path):
     assert get(urls[:1], tmp_path).status[0] == "ok"
     other = get([server.url("/good.gif")], tmp_path).iloc[0]
     assert (other.status, other.url) == ("kept", urls[0])
-    assert "another address" in other.reason
 
 
 KILLED = """
@@ -602,8 +595,8 @@ import pandas as pd
 from memlib.hub import fetch
 urls = [sys.argv[3] + f"/many/{n}" for n in range(40)]
 items = pd.DataFrame({"prompt_id": [str(n) for n in range(40)], "url": urls})
-fetch.download(items, sys.argv[2], workers=2, delay=0, progress=False,
-               allow_private=frozenset({"127.0.0.1"}))
+fetch.is_public = lambda address: address == "127.0.0.1"
+fetch.download(items, sys.argv[2], workers=2, delay=0)
 """
 
 
@@ -676,7 +669,7 @@ def test_hosts_take_turns(server, tmp_path, monkeypatch):
     assert [h.partition(":")[0] for h in server.hosts] == names[2:6] + names[2:6]
 
 
-@pytest.mark.parametrize("harm", ["file", "locked", "full", "foreign", "busy"])
+@pytest.mark.parametrize("harm", ["file", "locked", "full", "busy"])
 def test_a_folder_that_cannot_be_written(server, tmp_path, harm):
     folder, pattern = tmp_path / "images", "Permission denied|File exists|File too large"
     folder.write_bytes(b"") if harm == "file" else folder.mkdir()
@@ -685,9 +678,6 @@ def test_a_folder_that_cannot_be_written(server, tmp_path, harm):
         if os.geteuid() == 0:
             pytest.skip("root may write anywhere")
         folder.chmod(0o500)
-    if harm == "foreign":
-        (folder / "report.csv").write_text("a,b\n1,2\n")
-        pattern = "not a download's report"
     if harm == "full":  # as a full disk: writing beyond 5 kB fails
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     lock = fetch.FileLock(folder / ".lock") if harm == "busy" else None
@@ -708,17 +698,17 @@ def test_a_folder_that_cannot_be_written(server, tmp_path, harm):
 
 
 SUMS = {"md5": hashlib.md5(GOOD).hexdigest(), "sha256": hashlib.sha256(GOOD).hexdigest()}
-QUICK_FILE = {k: v for k, v in QUICK.items() if k != "delay"}
 
 
-@pytest.mark.parametrize("sums", [{n: s} for n, s in SUMS.items()] + [SUMS])
-def test_a_file_with_its_checksum(server, tmp_path, sums):
-    ask = partial(fetch.file, server.url("/good.png"), tmp_path / "deep" / "list", **QUICK_FILE)
+@pytest.mark.parametrize("name", SUMS)
+def test_a_file_with_its_checksum(server, tmp_path, name):
+    target = tmp_path / "deep" / "list"
+    ask = partial(fetch.file, server.url("/good.png"), target, name, SUMS[name], **QUICK)
     for _ in range(2):  # the second time it is there
-        assert ask(**sums).read_bytes() == GOOD
+        assert ask().read_bytes() == GOOD
     assert server.seen["/good.png"] == 1
-    (tmp_path / "deep" / "list").write_bytes(b"damaged")
-    assert ask(**sums).read_bytes() == GOOD
+    target.write_bytes(b"damaged")
+    assert ask().read_bytes() == GOOD
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -727,7 +717,7 @@ def test_a_wrong_checksum(server, tmp_path, name):
     target.write_bytes(b"older")
     wrong = SUMS[name][::-1]
     with pytest.raises(fetch.FetchError) as error:
-        fetch.file(server.url("/good.png"), target, **{name: wrong}, **QUICK_FILE)
+        fetch.file(server.url("/good.png"), target, name, wrong, **QUICK)
     message = str(error.value)
     assert SUMS[name] in message
     assert wrong in message
@@ -748,23 +738,5 @@ def test_a_wrong_checksum(server, tmp_path, name):
 )
 def test_a_file_has_the_same_guards(server, tmp_path, path, pattern):
     with pytest.raises(fetch.FetchError, match=pattern):
-        fetch.file(server.url(path), tmp_path / "list", md5=SUMS["md5"], **QUICK_FILE)
+        fetch.file(server.url(path), tmp_path / "list", "md5", SUMS["md5"], **QUICK)
     assert [f.name for f in tmp_path.iterdir()] in ([], ["list.lock"])
-
-
-def test_a_file_needs_a_checksum(tmp_path):
-    with pytest.raises(ValueError, match="md5 or sha256"):
-        fetch.file("http://127.0.0.1/", tmp_path / "list")
-
-
-@pytest.mark.parametrize(
-    ("value", "low", "high"),
-    [
-        ("", 0, 0), ("soon", 0, 0), ("²", 0, 0), (" 7 ", 7, 7), ("9" * 400, np.inf, np.inf),
-        ("in 3000 s", 1000, 3001), ("Wed, 99 Oct 2015 07:28:00 GMT", 0, 0),
-    ],
-)  # fmt: skip
-def test_retry_after(value, low, high):
-    if value == "in 3000 s":  # a date; made here, for the name of a test must not change
-        value = formatdate(time.time() + 3000)
-    assert low <= fetch._retry_after(value) <= high

@@ -36,7 +36,7 @@ def test_images_of_a_list(webster):
     pairs = memlib.load_pairs("webster-sd14")
     assert pairs.image[0] == str(images / "0007.png")
     assert list(pairs.image[1:]) == [""] * 4
-    for note, word in zip(pairs.image_note, ("", "black", "HTML", "truncated", "9"), strict=True):
+    for note, word in zip(pairs.image_note, ("", "colour", "HTML", "truncated", "9"), strict=True):
         assert word.lower() in note.lower(), note
     assert pairs.image_note[0] == ""
 

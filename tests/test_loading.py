@@ -220,30 +220,19 @@ def test_the_kind_of_a_file_is_told_by_its_shapes(tmp_path):
     refused("takes 9 channels, as for inpainting", shapes(tmp_path / "d.safetensors", channels=9))
 
 
-@pytest.mark.parametrize(
-    ("key", "what"),
-    [
-        ("lora_unet_down_blocks_0.lora_up.weight", "a LoRA"),
-        ("conditioner.embedders.0.transformer.text_model.final", "an SDXL model"),
-        ("model.diffusion_model.joint_blocks.0.x", "an SD3 model"),
-        ("double_blocks.0.img_attn.qkv.weight", "a Flux model"),
-        ("decoder.conv_in.weight", "a VAE"),
-        ("down_blocks.0.resnets.0.conv1.weight", "one part of a diffusers pipeline"),
-        ("somewhere", "no model that is known"),
-    ],
-)
-def test_other_files_are_named(tmp_path, key, what):
+@pytest.mark.parametrize("key", ["lora_up.weight", "model.diffusion_model.joint_blocks.0.x"])
+def test_other_files_are_refused_by_what_they_have(tmp_path, key):
     save_file({key: torch.zeros(1)}, tmp_path / "x.safetensors")
-    refused(f"holds {what}", tmp_path / "x.safetensors")
+    refused(f"no whole model of SD v1 or v2, but .*: it has {key}", tmp_path / "x.safetensors")
 
 
 def test_files_that_are_no_file_of_weights(tmp_path, folders):  # noqa: F811
     (tmp_path / "x.safetensors").write_bytes(b"<html>not found</html>" * 9)
     refused("cannot be loaded: Error while", tmp_path / "x.safetensors")
-    refused("there is no file", tmp_path / "nothing.safetensors")
-    refused("there is no file", "models/nothing.safetensors")
+    refused("no such file or folder", tmp_path / "nothing.safetensors")
+    refused("no such file or folder", "models/nothing.safetensors")
     (tmp_path / "x.ckpt").write_bytes(b"")
-    refused("is a pickle", tmp_path / "x.ckpt")
+    refused("is no .safetensors: a pickle can run code", tmp_path / "x.ckpt")
     refused("config is for one .safetensors file", folders("sd14"), config="sd14")
     refused("a revision is for models of the Hub", folders("sd14"), revision="v1")
 
@@ -317,14 +306,14 @@ def without_one(tensors: dict) -> dict:
 def test_a_weight_is_missing(copy, file):
     folder = copy()
     change(folder / file, without_one)
-    refused(rf"{file.split('/')[0]}: 1 weight missing \(", folder)
+    refused(rf"{file.split('/')[0]}: its weights do not fit: 1 missing \(", folder)
 
 
 @pytest.mark.parametrize("file", [UNET, VAE, TEXT])
 def test_a_weight_too_much(copy, file):
     folder = copy()
     change(folder / file, lambda t: t | {"more.weight": torch.zeros(2)})
-    refused(rf"{file.split('/')[0]}: 1 weight too many \(more.weight\)", folder)
+    refused(rf"{file.split('/')[0]}: its weights do not fit: 1 too many \(more.weight\)", folder)
 
 
 @pytest.mark.parametrize("file", [UNET, VAE, TEXT])
@@ -332,7 +321,7 @@ def test_a_weight_of_another_shape(copy, file):
     folder = copy()
     key = max(k for k in load_file(folder / file) if k.endswith("weight"))
     change(folder / file, lambda t: t | {key: torch.zeros(2, 2)})
-    refused("of another shape|expected shape", folder)
+    refused(rf"do not fit: 1 of another shape \({key.removeprefix('text_model.')}\)", folder)
 
 
 @pytest.mark.parametrize(("file", "name"), [(UNET, ".to_q."), (TEXT, ".q_proj.")])
@@ -342,7 +331,7 @@ def test_an_unmerged_lora(copy, file, name, capfd):
         folder / file,
         lambda t: {k.replace(name, f"{name}base_layer."): v for k, v in t.items()},
     )
-    refused("LoRA that is not merged", folder)
+    refused(r"missing \(.* too many \(.*base_layer", folder)
     assert capfd.readouterr().err == ""
 
 
@@ -381,9 +370,7 @@ def test_old_names_of_attention(copy, folders):  # noqa: F811
 def test_only_pickles(copy):
     folder = copy()
     (folder / UNET).rename(folder / "unet/diffusion_pytorch_model.bin")
-    refused("has only diffusion_pytorch_model.bin; read are safetensors", folder)
-    (folder / "unet/diffusion_pytorch_model.bin").unlink()
-    refused("it has no weights; read are", folder)
+    refused("no file named diffusion_pytorch_model.safetensors found in .*unet", folder)
 
 
 @pytest.mark.parametrize(
@@ -641,7 +628,7 @@ def test_weights_that_are_not_finite(copy, file, value):
         return tensors
 
     change(folder / file, spoil)
-    refused(f"its {file.split('/')[0]} has weights that are not finite", folder)
+    refused(f"its {file.split('/')[0]} has weights missing or not finite", folder)
 
 
 @pytest.mark.parametrize(
@@ -650,14 +637,20 @@ def test_weights_that_are_not_finite(copy, file, value):
         ("vae", {"scaling_factor": None}, "scaling_factor is None"),
         ("vae", {"scaling_factor": 0}, "scaling_factor is 0"),
         ("vae", {"shift_factor": 0.1}, "shifts latents"),
-        ("unet", {"dual_cross_attention": True}, "dual_cross_attention|too many|missing"),
+        ("unet", {"dual_cross_attention": True}, "too many|missing"),
         ("unet", {"sample_size": 0}, "sample_size is 0"),
         ("scheduler", {"_class_name": "EDMEulerScheduler"}, "states no noise schedule"),
-        ("scheduler", {"trained_betas": [0.1] * 5}, "states no noise schedule of 1000 betas"),
-        ("scheduler", {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True,
-                       "prediction_type": "flow_prediction"}, "states no noise schedule"),
+        (
+            "scheduler",
+            {
+                "_class_name": "UniPCMultistepScheduler",
+                "use_flow_sigmas": True,
+                "prediction_type": "flow_prediction",
+            },
+            "states no noise schedule",
+        ),
     ],
-)  # fmt: skip
+)
 def test_configurations_that_make_no_sense(copy, part, setting, pattern):
     folder = copy()
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
@@ -667,10 +660,6 @@ def test_configurations_that_make_no_sense(copy, part, setting, pattern):
         index = folder / "model_index.json"
         known = json.loads(index.read_text())
         index.write_text(json.dumps(known | {"scheduler": ["diffusers", "EDMEulerScheduler"]}))
-    elif "_class_name" in setting:
-        index = folder / "model_index.json"
-        known = json.loads(index.read_text())
-        index.write_text(json.dumps(known | {"scheduler": ["diffusers", setting["_class_name"]]}))
     file.write_text(json.dumps(found))
     refused(pattern, folder)
 
@@ -678,13 +667,15 @@ def test_configurations_that_make_no_sense(copy, part, setting, pattern):
 def test_no_config(copy):
     folder = copy()
     (folder / "text_encoder/config.json").unlink()
-    refused("text_encoder has no config.json", folder)
+    refused("text_encoder: .* missing .* of another shape", folder)  # than the default's
+    (folder / "unet/config.json").unlink()
+    refused("no file named config.json found in .*unet", folder)
 
 
 def test_variants_that_are_not_read(copy):
     folder = copy()
     (folder / UNET).rename(folder / "unet/diffusion_pytorch_model.non_ema.safetensors")
-    refused("has only diffusion_pytorch_model.non_ema.safetensors", folder)
+    refused("no file named diffusion_pytorch_model.safetensors found in .*unet", folder)
 
 
 def test_a_vae_that_scales_otherwise(copy, folders):  # noqa: F811
@@ -695,10 +686,7 @@ def test_a_vae_that_scales_otherwise(copy, folders):  # noqa: F811
 
 
 def test_places_of_a_vae(folders, tmp_path):  # noqa: F811
-    refused("no VAE at .*: there is no such file or folder", folders("sd14"), vae=tmp_path / "x")
-    whole = memlib.load(folders("sd14"), vae=folders("sd14"))  # a pipeline's
-    x = torch.randn(1, *whole.latent_shape)
-    assert (whole.decode(x) == memlib.load(folders("sd14")).decode(x)).all()
+    refused("the VAE .*/x cannot be loaded: ", folders("sd14"), vae=tmp_path / "x")
     save_file({"lora_unet_down.lora_up.weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
     refused("names that are not SD's", folders("sd14"), vae=tmp_path / "lora.safetensors")
 
@@ -744,11 +732,9 @@ def test_one_file_with_the_names_of_newer_transformers(single, folders, tmp_path
 def test_options_that_say_nothing(folders, tmp_path):  # noqa: F811
     refused("the exact model has no timestep_spacing", "exact", timestep_spacing="trailing")
     refused("the exact model has no vae", "exact", vae="nonsense")
-    refused("unknown config 'nonsense'; valid are sd14, sd21, sd21-base",
+    refused("unknown config 'nonsense': give sd14, sd21, sd21-base or",
             shapes(tmp_path / "a.safetensors"), config="nonsense")  # fmt: skip
     refused("inner products need float64", folders("sd14"), device="mps")
-    (tmp_path / "MODEL.SAFETENSORS").write_bytes(b"x")
-    refused("must end in .safetensors", tmp_path / "MODEL.SAFETENSORS")
 
 
 def test_a_folder_called_like_a_file(folders, tmp_path):  # noqa: F811

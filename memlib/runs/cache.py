@@ -17,8 +17,9 @@ from memlib.errors import renamed
 from memlib.hub.answers import leave_card, of_hub
 from memlib.hub.files import code
 from memlib.paths import ROOT, cache_folder
-from memlib.runs import MAKES, tracing
+from memlib.runs import MAKES
 from memlib.runs.store import Run, StoreError, prompt_rows
+from memlib.runs.tracing import reverse_trace
 from memlib.runs.work import identity, record
 
 
@@ -51,18 +52,15 @@ def cached(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **se
         anywhere = "" if of_hub(model) else where
         known = [f for name in (own, shared) for f in folder.parent.glob(f"{name}-{anywhere}*")]
         known = sorted((f for f in known if f.is_dir()), key=lambda f: -f.stat().st_mtime)
-        for candidate in (folder, *(f for f in known if f != folder)):
-            if candidate.is_dir() and (run := Run(candidate)).covers(agreed, rows, seeds):
+        for run in map(Run, sorted(known, key=lambda f: f != folder)):  # this one first
+            if run.covers(agreed, rows, seeds):
                 return run.read(rows, seeds)
         try:
             record(function, model, pairs, address=folder, strict=True, **settings)
         except StoreError as error:
-            hint = "; MEMLIB_CACHE may name a folder on another disk"
-            raise StoreError(f"{error}{hint}") from error
+            raise StoreError(f"{error}; MEMLIB_CACHE may name a folder on another disk") from error
         leave_card(model)
-        run = Run(folder)
-        run.plan = run.read_plan()
-        return run.read(rows, seeds)
+        return Run(folder).read(rows, seeds)
 
 
 def run_folder(model, pairs: pd.DataFrame, **settings) -> Path:
@@ -71,11 +69,13 @@ def run_folder(model, pairs: pd.DataFrame, **settings) -> Path:
     Another list, whose ids are those of recorded prompts and all stand for others, gets a run of
     its own beside it.
     """
-    agreed, _ = identity(tracing.reverse_trace, model.uncached, pairs, settings)
-    _, shared, where = _names(tracing.reverse_trace, agreed, [], model)
-    first, rows = cache_folder() / f"{shared}-{where}", prompt_rows(pairs)
-    beside = (first.with_name(f"{first.name}-{n}") for n in itertools.count(2))
-    return next(f for f in itertools.chain([first], beside) if Run(f).takes(rows))
+    agreed, _ = identity(reverse_trace, model.uncached, pairs, settings)
+    _, shared, where = _names(reverse_trace, agreed, [], model)
+    rows, number = prompt_rows(pairs), itertools.count(2)
+    folder = first = cache_folder() / f"{shared}-{where}"
+    while not Run(folder).takes(rows):
+        folder = Path(f"{first}-{next(number)}")
+    return folder
 
 
 def _names(function, agreed: dict, asked: list, model) -> tuple[str, str, str]:

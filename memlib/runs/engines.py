@@ -55,7 +55,7 @@ class Job:
         more = {"seeds": seeds, "batch_size": batch_size, "progress": False}
         settings = self.settings | {name: more[name] for name in more if name in takes}
         if self.function is reverse_trace:
-            return sample_trace(model, rows, **settings).finish
+            return sample_trace(model, rows, **settings)
         trace = self.function(model, rows, **settings)
         return lambda: trace
 

@@ -57,7 +57,7 @@ def new_plan(identity: dict, seeds: list[int], template: xr.Dataset) -> dict:
     }  # fmt: skip
 
 
-def agree(address: str, plan: dict, identity: dict, versions: dict) -> None:
+def agree(address: str, plan: dict, identity: dict, template: xr.Dataset) -> None:
     """Refuse another identity (function, settings, model); warn of other versions of packages."""
     was, now = ({**i, **i["settings"], "settings": None} for i in (plan["identity"], identity))
     for name in sorted(n for n in {*was, *now} if was.get(n) != now.get(n)):
@@ -65,12 +65,12 @@ def agree(address: str, plan: dict, identity: dict, versions: dict) -> None:
             f"{address} was recorded with {name}={was.get(name)!r}, not {now.get(name)!r}: "
             "use the same, or give another address"
         )
+    versions = json.loads(template.attrs.get("versions", "{}"))
     if versions not in plan["versions"]:
+        if plan["versions"]:
+            text = "other versions of packages: new pieces may differ in the last digits"
+            warnings.warn(f"{address} was begun with {text}", stacklevel=3)
         plan["versions"].append(versions)
-        if len(plan["versions"]) > 1:
-            text = "new pieces may differ from its old ones in the last digits"
-            text = f"{address} was begun with other versions of packages: {text}"
-            warnings.warn(text, stacklevel=3)
 
 
 def extend(

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
@@ -41,28 +41,26 @@ KEPT = "every piece recorded so far is kept; give it space, permission or anothe
 
 @dataclass
 class Report:
-    """What `verify` found: counts of pieces, and what is wrong with which."""
+    """What `verify` found: counts of pieces, and which of them or of other files are damaged."""
 
     address: str
-    header: list[str]
     pieces: int
+    damaged: list[str]
     done: int = 0
     missing: int = 0
-    damaged: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         """Nothing is damaged; pieces may still be missing."""
-        return not self.damaged and not self.header
+        return not self.damaged
 
     def __str__(self) -> str:
         state = "whole" if self.ok else "DAMAGED"
         counts = f"{self.done} pieces of {self.pieces} recorded, {self.missing} to do"
-        lines = [f"{self.address}: {state}; {counts}, {len(self.damaged)} damaged"]
-        lines += [f"  {problem}" for problem in self.header + self.damaged]
+        lines = [f"{self.address}: {state}; {counts}, {len(self.damaged)} damaged", *self.damaged]
         if not self.ok:
-            lines.append("  the command that recorded it redoes these, and only these")
-        return "\n".join(lines)
+            lines.append("the command that recorded it redoes these, and only these")
+        return "\n  ".join(lines)
 
 
 class _Pending(WrapperStore):
@@ -90,10 +88,8 @@ class Run:
 
     def __init__(self, address: str | os.PathLike):
         self.address = os.fspath(address)
-        try:
+        with self._told("reached", (ValueError, ImportError), "give another address"):
             self.fs, self.root = fsspec.core.url_to_fs(self.address)
-        except (ValueError, ImportError) as error:
-            raise StoreError(f"{self.address}: {first_line(error)}") from error
         self.folder = Path(self.root) if isinstance(self.fs, LocalFileSystem) else None
         self.plan: dict | None = None
         self._claims = contextlib.ExitStack()
@@ -177,13 +173,15 @@ class Run:
         for text in found:
             with contextlib.suppress(TypeError, ValueError, KeyError):
                 plan = json.loads(text)["plan"]
-                if text == plans.plan_file(plan) and plan["schema"] == SCHEMA:
-                    return plan
-                if text == plans.plan_file(plan):
+                if text != plans.plan_file(plan):
+                    continue
+                if plan["schema"] != SCHEMA:
                     raise StoreError(
                         f"{self.address} is of schema {plan['schema']}, and this memlib knows "
                         f"{SCHEMA}: use the memlib that wrote it, or record into another address"
                     )
+                self.plan = plan
+                return plan
         if found != [None, None]:
             raise StoreError(
                 f"{self.address}: plan.json and its copy are damaged; the pieces are still read by "
@@ -198,10 +196,9 @@ class Run:
 
     def planned(self) -> dict:
         """The plan of a run that must be there."""
-        self.plan = self.read_plan()
-        if self.plan is None:
-            raise StoreError(f"{self.address}: there is no run here (no plan.json)")
-        return self.plan
+        if plan := self.read_plan():
+            return plan
+        raise StoreError(f"{self.address}: there is no run here (no plan.json)")
 
     def open_plan(self, identity: dict, rows: list[dict], seeds: list[int], batch_size, template):
         """Begin the run, or extend its plan by what is asked for and not in it; mend its header.
@@ -212,15 +209,14 @@ class Run:
         self.read_plan()  # a folder that holds something else is left as it is
         with self._alone(begun=False):
             plan = self.read_plan() or plans.new_plan(identity, seeds, template)
-            versions = json.loads(template.attrs.get("versions", "{}"))
-            plans.agree(self.address, plan, identity, versions)
-            plans.extend(self.address, plan, rows, seeds, batch_size, self._begun)
+            plans.agree(self.address, plan, identity, template)
+            plans.extend(
+                self.address, plan, rows, seeds, batch_size,
+                begun=lambda p: bool(self.fs.glob(f"{self.root}/sha256/{p}.*")),
+            )  # fmt: skip
             files = plans.header(plan, template).items()
             self._publish({key: data for key, data in files if self._get(key) != data})
             self.plan = plan
-
-    def _begun(self, p: int) -> bool:
-        return bool(self.fs.glob(f"{self.root}/sha256/{p}.*"))
 
     def tasks(self) -> list[Task]:
         """All work of the plan; `check` tells which of it is done."""
@@ -309,9 +305,9 @@ class Run:
         plan, tasks = self.planned(), self.tasks()
         digests = plan["header"] | dict.fromkeys((PLAN, COPY), digest(plans.plan_file(plan)))
         pieces = sum(len(task.prompts) for task in tasks)
-        report = Report(self.address, self._wrong(digests), pieces)
-        if any(".z" in problem for problem in report.header):
-            report.header.append("pieces are not checked before the header is mended")
+        report = Report(self.address, pieces, self._wrong(digests))
+        if any(".z" in problem for problem in report.damaged):
+            report.damaged[-1] += "; pieces are not checked before the header is mended"
             return report
         for task, p, state in self.check(tasks):
             report.done += state == "done"
@@ -359,17 +355,12 @@ def open_run(address: str | os.PathLike) -> xr.Dataset:
 def prompt_rows(pairs: pd.DataFrame) -> list[dict]:
     """What identifies each prompt: its columns, and the checksum of its image."""
     columns = [c for c in plans.COLUMNS if c in pairs]
-    images = list(pairs["image"]) if "image" in pairs else [""] * len(pairs)
+    images = pairs["image"] if "image" in pairs else [""] * len(pairs)
     return [
-        {c: _plain(v) for c, v in zip(columns, values, strict=True)}
+        {c: int(v) if isinstance(v, float) and v.is_integer() else v for c, v in row.items()}
         | {"image": sha256(Path(image)) if image else ""}
-        for values, image in zip(pairs[columns].itertuples(index=False), images, strict=True)
+        for row, image in zip(pairs[columns].to_dict("records"), images, strict=True)
     ]
-
-
-def _plain(value):
-    value = value.item() if isinstance(value, np.generic) else value
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _at(array: zarr.Array, p: int, task: Task) -> tuple:

@@ -7,7 +7,6 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -67,21 +66,20 @@ def _batches(work: list, batch_size: int, function: Callable, equal: bool = Fals
     `equal` fills up the last slice with its last entry, for compiled code; that is not yielded.
     """
     done = 0
-    while done < len(work):
-        part, result = work[done : done + batch_size], None
-        filled = part + part[-1:] * (batch_size - len(part)) if equal else part
+    while part := work[done : done + batch_size]:
+        filled, result = part + part[-1:] * (batch_size - len(part)) * equal, None
         with contextlib.suppress(torch.OutOfMemoryError):
             result = function(filled)
-        if result is None:
-            if len(filled) == 1:
-                raise MemoryError("a single image does not fit into the device's memory")
+        if result is not None:
+            yield part, result
+            done += len(part)
+        elif len(filled) == 1:
+            raise MemoryError("a single image does not fit into the device's memory")
+        else:
             torch.cuda.empty_cache()
             batch_size = len(filled) // 2
             if model is not None:
                 model.fits = batch_size
-            continue
-        yield part, result
-        done += len(part)
 
 
 @renamed(severity="similarity")
@@ -135,7 +133,7 @@ def reverse_trace(
     return sample_trace(
         model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size,
         progress, compile,
-    ).finish()  # fmt: skip
+    )()  # fmt: skip
 
 
 def tell_of_long_captions(model, pairs: pd.DataFrame) -> None:
@@ -145,67 +143,88 @@ def tell_of_long_captions(model, pairs: pd.DataFrame) -> None:
         return
     long = pairs[cut > 0]
     read = pd.Series(model.read(list(long.caption)), long.prompt_id)
-    alike = list(read.index[read.duplicated(keep=False)])
+    alike = read.index[read.duplicated(keep=False)]
+
+    def some(names) -> str:
+        return f"({', '.join(map(str, names[:3]))}{', …' * (len(names) > 3)})"
+
     text = f"{len(long)} of {len(pairs)} captions are longer than {model.source} reads"
-    text += f" and are cut ({', '.join(map(str, long.prompt_id[:3]))}{', …' * (len(long) > 3)})"
-    if alike:
-        text += f"; {len(alike)} of them are alike as far as it reads ({', '.join(alike[:3])}"
-        text += f"{', …' * (len(alike) > 3)}): they are one prompt, not several"
+    text += f" and are cut {some(long.prompt_id)}"
+    if len(alike):
+        text += f"; {len(alike)} of them are alike as far as it reads {some(alike)}"
+        text += ": they are one prompt, not several"
     warnings.warn(text, stacklevel=3)
 
 
-@dataclass
-class Sampled:
-    """A reverse trace whose pictures are not decoded and scored yet: its `finish` does it.
+def sample_trace(
+    model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size, progress,
+    compile,
+) -> Callable[[], xr.Dataset]:  # fmt: skip
+    """`reverse_trace`, as far as the device has to sample; what it returns does the rest.
 
-    That needs nothing but the decoder, and the last states wait on the CPU: another thread may
-    do it while the device samples the next.
+    That is to decode and to score. It needs nothing but the decoder, and the last states wait on
+    the CPU: another thread may do it while the device samples the next.
     """
+    model = getattr(model, "uncached", model)  # a trace is kept as a whole, not call by call
+    seeds = [int(s) for s in seeds]
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError("seeds must be distinct and at least one")
+    if similarity is not None:
+        descriptor(similarity)  # an unknown name fails now, not after the sampling
+    pairs = pairs.reset_index(drop=True)
+    scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
+    guidance = guidance_values(guidance_scale, steps)
+    decoding = bool((images or similarity) and model.image_size)
+    trace = empty_trace(model, pairs, seeds, scheduler, guidance, sampler)
+    if compile is not None or model.device.type == "cuda":
+        trace["compiled"] = trace.float32_fallback.copy(deep=True)
+    work = [(p, s) for p in range(len(pairs)) for s in range(len(seeds))]
+    size, compile = cost.decide(
+        model, "reverse", batch_size, compile, len(work), len(seeds), steps, decoding
+    )
+    # A size that was given is kept though there are fewer images: others may have compiled for it.
+    size = size if batch_size else max(1, min(size, len(work)))
+    size = min(size, getattr(model, "fits", None) or size)
+    x_0 = _targets(model, pairs)
 
-    model: object
-    pairs: pd.DataFrame
-    similarity: str | None
-    images: bool
-    decoding: bool
-    trace: xr.Dataset
-    last: torch.Tensor  # [prompt, seed, channel, height, width]
-    batches: list[list[tuple[int, int]]] = field(default_factory=list)  # prompt and seed numbers
+    def record(batch):
+        def run(part=batch):
+            captions = [pairs.caption[p] for p, _ in part]
+            return sample(model, captions, [seeds[s] for _, s in part], scheduler, guidance)
 
-    def keep(self, batch: list, gram: np.ndarray, last: torch.Tensor, again: bool) -> None:
-        """Put the results of a batch into their places."""
-        self.batches.append(batch)
-        compiled = self.model.compiled and not again if "compiled" in self.trace else None
-        last = last.cpu()
-        for n, (p, s) in enumerate(batch):
-            self.trace.gram.values[p, s], self.trace.float32_fallback.values[p, s] = gram[n], again
-            if compiled is not None:
-                self.trace.compiled.values[p, s] = compiled
-            if self.decoding:
-                self.last[p, s] = last[n]
+        def halves():  # float32 needs twice the memory
+            done = [kept for _, kept in _batches(batch, -(-len(batch) // 2), run)]
+            return {name: torch.cat([kept[name] for kept in done], 1) for name in done[0]}
 
-    def finish(self) -> xr.Dataset:
-        """The whole trace: pictures, batch by batch as they were sampled, and scores."""
-        trace = self.trace
-        if self.decoding:
-            side = self.model.image_size
-            pictures = np.empty((*self.last.shape[:2], side, side, 3), np.uint8)
-            for batch in self.batches:
-                together = self.model.together if _half_decoder(self.model) else len(batch)
-                with beside(self.model.device):
-                    for part, decoded in _batches(batch, together, self._decode):
-                        pictures[tuple(zip(*part, strict=True))] = decoded
-            trace = trace.assign(image=(("prompt", "seed", "y", "x", "rgb"), pictures))
-        if self.similarity is not None:
-            with beside(self.model.device):
-                trace = score(trace, self.pairs, self.similarity, self.model.device)
-        return trace if self.images else trace.drop_vars("image", errors="ignore")
+        again = halves if model.device.type == "cuda" else None
+        kept, in_float32 = in_float32_where_needed(model, run, again)
+        return contract(kept, x_0[[p for p, _ in batch]]), kept["x_t"], in_float32
 
-    def _decode(self, part: list) -> np.ndarray:
-        return self.model.decode(torch.stack([self.last[p, s] for p, s in part]))
-
-
-def _half_decoder(model) -> bool:
-    return getattr(model, "decoder", "float32") != "float32"
+    last = torch.empty((len(pairs), len(seeds), *model.latent_shape), dtype=model.dtype)
+    batches: list[list[tuple[int, int]]] = []
+    waiting: list[torch.Tensor] = []  # states of the prompt whose seeds are not all done yet
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(model.compiling() if compile else contextlib.nullcontext())
+        bar = stack.enter_context(progress_bar(len(work), f"sample {sampler}", progress))
+        for batch, (gram, x_t, in_float32) in _batches(work, size, record, compile, model):
+            batches.append(batch)
+            final = x_t[-1].cpu()
+            for n, (p, s) in enumerate(batch):
+                trace.gram.values[p, s], trace.float32_fallback.values[p, s] = gram[n], in_float32
+                if decoding:
+                    last[p, s] = final[n]
+                if "compiled" in trace:
+                    trace.compiled.values[p, s] = model.compiled and not in_float32
+                # On a GPU a copy: a part of the batch's tensor would keep all of it.
+                waiting.append(x_t[:, n].clone() if x_t.is_cuda else x_t[:, n])
+                if s == len(seeds) - 1:
+                    trace.seed_distance.values[p] = seed_distances(waiting)
+                    waiting.clear()
+            bar.update(len(batch))
+            del gram, x_t, final  # not beside those of the next batch
+    return functools.partial(
+        _finish, trace, model, pairs, last, batches if decoding else None, similarity, images
+    )
 
 
 @functools.cache
@@ -224,69 +243,24 @@ def beside(device: torch.device):
         yield
 
 
-def sample_trace(
-    model, pairs, seeds, guidance_scale, sampler, steps, similarity, images, batch_size, progress,
-    compile,
-) -> Sampled:  # fmt: skip
-    """`reverse_trace`, as far as the device has to sample."""
-    model = getattr(model, "uncached", model)  # a trace is kept as a whole, not call by call
-    seeds = [int(s) for s in seeds]
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError("seeds must be distinct and at least one")
-    if similarity is not None:
-        descriptor(similarity)  # an unknown name fails now, not after the sampling
-    pairs = pairs.reset_index(drop=True)
-    scheduler = make_scheduler(model.scheduler_config, sampler, steps, model.dtype)
-    guidance = guidance_values(guidance_scale, steps)
-    decoding = bool((images or similarity) and model.image_size)
-    trace = empty_trace(model, pairs, seeds, scheduler, guidance, sampler)
-    if compile is not None or model.device.type == "cuda":
-        trace["compiled"] = trace.float32_fallback.copy(deep=True)
-    last = torch.empty((len(pairs), len(seeds), *model.latent_shape) if decoding else 0)
-    found = Sampled(model, pairs, similarity, images, decoding, trace, last.to(model.dtype))
-    count = len(pairs) * len(seeds)
-    size, compile = cost.decide(
-        model, "reverse", batch_size, compile, count, len(seeds), steps, decoding
-    )
-    # A size that was given is kept though there are fewer images: others may have compiled for it.
-    size = size if batch_size else max(1, min(size, count))
-    size = min(size, getattr(model, "fits", None) or size)
-    with model.compiling() if compile else contextlib.nullcontext():
-        _sample_all(found, seeds, scheduler, guidance, size, compile, progress)
-    return found
+def _finish(trace, model, pairs, last, batches, similarity, images) -> xr.Dataset:
+    """The whole trace: pictures, batch by batch as they were sampled, and scores."""
 
+    def decode(part):
+        return model.decode(torch.stack([last[p, s] for p, s in part]))
 
-def _sample_all(found: Sampled, seeds, scheduler, guidance, batch_size, equal, progress) -> None:
-    model, pairs = found.model, found.pairs
-    x_0 = _targets(model, pairs)
-    work = [(p, s) for p in range(len(pairs)) for s in range(len(seeds))]
-    waiting: list[torch.Tensor] = []  # states of the prompt whose seeds are not all done yet
-
-    def record(batch):
-        def run(part=batch):
-            captions = [pairs.caption[p] for p, _ in part]
-            return sample(model, captions, [seeds[s] for _, s in part], scheduler, guidance)
-
-        def halves():  # float32 needs twice the memory
-            done = [kept for _, kept in _batches(batch, -(-len(batch) // 2), run)]
-            return {name: torch.cat([kept[name] for kept in done], 1) for name in done[0]}
-
-        kept, again = in_float32_where_needed(
-            model, run, halves if model.device.type == "cuda" else None
-        )
-        return contract(kept, x_0[[p for p, _ in batch]]), kept["x_t"], again
-
-    with progress_bar(len(work), f"sample {found.trace.sampler}", progress) as bar:
-        for batch, (gram, x_t, again) in _batches(work, batch_size, record, equal, model):
-            found.keep(batch, gram, x_t[-1], again)
-            for n, (p, s) in enumerate(batch):
-                # On a GPU a copy: a part of the batch's tensor would keep all of it.
-                waiting.append(x_t[:, n].clone() if x_t.is_cuda else x_t[:, n])
-                if s == len(seeds) - 1:
-                    found.trace.seed_distance.values[p] = seed_distances(waiting)
-                    waiting.clear()
-            bar.update(len(batch))
-            del gram, x_t  # not beside those of the next batch
+    splits = getattr(model, "decoder", "float32") == "float32"
+    with beside(model.device):
+        if batches is not None:
+            pictures = np.empty((*last.shape[:2], *[model.image_size] * 2, 3), np.uint8)
+            for batch in batches:
+                together = len(batch) if splits else model.together
+                for part, decoded in _batches(batch, together, decode):
+                    pictures[tuple(zip(*part, strict=True))] = decoded
+            trace = trace.assign(image=(("prompt", "seed", "y", "x", "rgb"), pictures))
+        if similarity is not None:
+            trace = score(trace, pairs, similarity, model.device)
+    return trace if images else trace.drop_vars("image", errors="ignore")
 
 
 @torch.no_grad()
@@ -319,57 +293,49 @@ def forward_trace(
     missing = [i for i, f in zip(pairs.prompt_id, image_files(pairs), strict=True) if not f]
     if missing:
         raise ValueError(f"a forward trace noises training images, and {missing[0]} has none")
-    scheduler = make_scheduler(model.scheduler_config, "ddim", 1, model.dtype)
-    table = scheduler.alphas_cumprod.double()
     if draws < 1:
         raise ValueError(f"draws={draws} must be at least 1")
-    levels = torch.as_tensor(list(timesteps))
-    if levels.is_floating_point():
-        raise ValueError("timesteps must be whole numbers")
-    if len(levels) == 0 or levels.min() < 0 or levels.max() >= len(table):
-        raise ValueError(f"timesteps must lie in 0 ... {len(table) - 1}")
+    scheduler = make_scheduler(model.scheduler_config, "ddim", 1, model.dtype)
+    table, levels = scheduler.alphas_cumprod.double(), torch.as_tensor(list(timesteps))
+    if levels.is_floating_point() or levels.min() < 0 or levels.max() >= len(table):
+        raise ValueError(f"timesteps must be whole numbers in 0 ... {len(table) - 1}")
     x_0 = _targets(model, pairs).double()
     generators = [torch.Generator().manual_seed(d) for d in range(draws)]
     noise = torch.stack(
         [torch.randn(model.latent_shape, generator=g, dtype=torch.float64) for g in generators]
     )
-    grams = np.full((len(pairs), draws, len(levels), len(VECTORS), len(VECTORS)), np.nan)
-    rows = [(d, i) for d in range(draws) for i in range(len(levels))]
-    batch_size, _ = cost.decide(
-        model, "forward", batch_size, False, len(pairs) * len(rows), 1, 0, decoding=False
-    )
-    with progress_bar(len(pairs) * len(rows), "forward", progress) as bar:
-        for p, caption in enumerate(pairs.caption):
-            cond, uncond = model.encode_text([caption])
+    grams = np.empty((len(pairs), draws, len(levels), len(VECTORS), len(VECTORS)))
+    total = len(pairs) * draws * len(levels)
+    batch_size, _ = cost.decide(model, "forward", batch_size, False, total, 1, 0, decoding=False)
 
-            def record(part, p=p, cond=cond, uncond=uncond):
-                d, i = (torch.tensor(index) for index in zip(*part, strict=True))
-                t, a = levels[i], table[levels[i]][:, None, None, None]
-                x_t = a.sqrt() * x_0[p] + (1 - a).sqrt() * noise[d]  # [row, c, h, w], float64
-                x = x_t.to(model.device, model.dtype)
-                text = torch.cat([c.expand(len(part), *c.shape[1:]) for c in (uncond, cond)])
-                t = t.to(model.device)
+    def record(part):  # all of one prompt
+        p, d, i = (torch.tensor(index) for index in zip(*part, strict=True))
+        t, a = levels[i], table[levels[i]][:, None, None, None]
+        x_t = a.sqrt() * x_0[p] + (1 - a).sqrt() * noise[d]  # [row, c, h, w], float64
+        cond, uncond = model.encode_text([pairs.caption[int(p[0])]])
+        text = torch.cat([c.expand(len(part), *c.shape[1:]) for c in (uncond, cond)])
+        x, t = x_t.to(model.device, model.dtype), t.to(model.device)
 
-                def run():
-                    out = model.predict(torch.cat([x, x]), torch.cat([t, t]), text)
-                    if not torch.isfinite(out).all():
-                        raise FloatingPointError(not_finite(model))
-                    return out
+        def run():
+            out = model.predict(torch.cat([x, x]), torch.cat([t, t]), text)
+            if not torch.isfinite(out).all():
+                raise FloatingPointError(not_finite(model))
+            return out
 
-                out, _ = in_float32_where_needed(model, run)
-                eps_uncond, eps_cond = (
-                    model.to_epsilon(o.double().cpu(), x_t, a) for o in out.chunk(2)
-                )
-                columns = {
-                    "x_t": x_t, "eps_uncond": eps_uncond, "eps_cond": eps_cond,
-                    "x_0": x_0[p].expand_as(x_t), "x_T": noise[d],
-                    "x_gen": torch.full_like(x_t, torch.nan), "noise": torch.zeros_like(x_t),
-                }  # fmt: skip
-                vectors = torch.stack([columns[v].flatten(1) for v in VECTORS], 1)
-                return d.numpy(), i.numpy(), gram_matrix(vectors).numpy()
+        out, _ = in_float32_where_needed(model, run)
+        eps_uncond, eps_cond = (model.to_epsilon(o.double().cpu(), x_t, a) for o in out.chunk(2))
+        columns = {
+            "x_t": x_t, "eps_uncond": eps_uncond, "eps_cond": eps_cond, "x_0": x_0[p],
+            "x_T": noise[d], "x_gen": torch.full_like(x_t, torch.nan),
+            "noise": torch.zeros_like(x_t),
+        }  # fmt: skip
+        return gram_matrix(torch.stack([columns[v].flatten(1) for v in VECTORS], 1)).numpy()
 
-            for part, (d, i, gram) in _batches(rows, batch_size, record, model=model):
-                grams[p, d, i] = gram
+    with progress_bar(total, "forward", progress) as bar:
+        for p in range(len(pairs)):
+            rows = [(p, d, i) for d in range(draws) for i in range(len(levels))]
+            for part, gram in _batches(rows, batch_size, record, model=model):
+                grams[tuple(zip(*part, strict=True))] = gram
                 bar.update(len(part))
     trace = xr.Dataset(
         {"gram": (("prompt", "draw", "step", "vec", "vec_"), grams)},
@@ -384,12 +350,10 @@ def progress_bar(total: int, name: str, progress: bool) -> tqdm:
 
     A kernel has no terminal: the book's driver lends it its own, by name.
     """
-    file = os.environ.get("MEMLIB_PROGRESS") if progress else None
-    if file:
-        return tqdm(
-            total=total, desc=name, unit="image", ncols=70, leave=False, file=open(file, "w")
-        )
-    return tqdm(total=total, desc=name, unit="image", disable=None if progress else True)
+    where = {"disable": None if progress else True}
+    if progress and (terminal := os.environ.get("MEMLIB_PROGRESS")):
+        where = {"file": open(terminal, "w"), "ncols": 70, "leave": False}  # noqa: SIM115
+    return tqdm(total=total, desc=name, unit="image", **where)
 
 
 def trajectories(model, captions, seeds, guidance_scale: Guidance, sampler: str, steps: int):
