@@ -33,6 +33,11 @@ def ratio(first: np.ndarray, second: np.ndarray, axis: int = -1):
     return np.median(first, axis) / np.median(second, axis)
 
 
+def difference(first: np.ndarray, second: np.ndarray, axis: int = -1):
+    """Difference of two groups' medians."""
+    return np.median(first, axis) - np.median(second, axis)
+
+
 def pearson(x: np.ndarray, y: np.ndarray, axis: int = -1):
     """Pearson's correlation."""
     return stats.pearsonr(x, y, axis=axis).statistic
@@ -91,7 +96,8 @@ def _units(values: Numbers, like: Numbers) -> tuple[np.ndarray, np.ndarray]:
     known = getattr(like, "coords", {})
     own = pd.Series([f"row {n}" for n in range(len(like))])
     labels = {n: pd.Series(known[n]) for n in ("kind", "multiplicity", "group") if n in known}
-    group = labels.pop("group", own).fillna(own).astype(str)
+    group = labels.pop("group", own)
+    group = group.astype(str).where(group.notna(), own)
     level = sum((label.astype(str) + " " for label in labels.values()), start=own.map(lambda _: ""))
     unit = level + group
     x = pd.DataFrame(np.asarray(values, dtype=float).reshape(len(like), -1))

@@ -74,8 +74,8 @@ def test_the_chapters_settle_their_claims_on_a_list(ran):
     assert np.isfinite(core[["value", "low", "high"]].to_numpy()).all()
     # five memorized prompts, two of a template and three controls are left
     prompts = {row.claim: row.prompts for row in rows.itertuples()}
-    assert prompts["overestimated"] == [5]
-    assert prompts["converge-earlier"] == [5, 3]
+    assert prompts["overestimated"] == [5, 3]
+    assert prompts["converge-earlier"] == [5]
     assert prompts["d1-severity"] == [10]
 
 
@@ -105,6 +105,6 @@ def test_numbers_of_any_library_are_glued_as_plain_ones(monkeypatch):
     assert shown == {"a": "3", "b": "3", "c": "0.5", "d": "0.25", "e": "'words'"}
     shown.clear()
     each = np.array([True, False, False, False])
-    setting = page.Setting(None, LIST, prompts.groups(LIST), each, ~each, ~each)
+    setting = page.Setting(None, LIST, prompts.groups(LIST), each, ~each, ~each, ~each)
     setting.glue_groups(x=[[1, 2], [3, 4], [5, 6], [7, 8]])
-    assert shown == {"x_memorized": "1.5", "x_middle": "5.5", "x_control": "5.5"}
+    assert shown == {"x_memorized": "1.5", "x_middle": "5.5", "x_rare": "5.5", "x_control": "5.5"}
