@@ -22,7 +22,8 @@ DATA = {
     "memlib/claims.py": "memlib/claims.toml",
     "memlib/plot.py": "memlib/memlib.mplstyle",
     "memlib/hub/names.py": "memlib/hub/checkpoints.toml",
-    "memlib/bench/": "data/bench.json",
+    "memlib/bench/measure.py": "data/bench.json",
+    "memlib/bench/phase.py": "data/phase.csv",
 }
 ALWAYS = ("data/lab/SHA256SUMS", "constraints.txt")
 
