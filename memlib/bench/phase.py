@@ -21,15 +21,17 @@ SCALES = (1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0)
 SEEDS, STEPS = 2, 20
 
 
-def read(fingerprint: str) -> pd.DataFrame | None:
-    """The rows, if they are of the lab with this fingerprint; None of another model.
+def read(model) -> pd.DataFrame | None:
+    """The rows, if they are of this model; None of another one, but of the lab they must be.
 
     Columns: training_step, guidance_scale, prompt_id, kind, copies, seed, ncc, sscd.
     """
     table = pd.read_csv(FILE, dtype={"fingerprint": str})
-    if not (table.fingerprint == fingerprint[:12]).all():
-        return None
-    return table.drop(columns="fingerprint")
+    if (table.fingerprint == model.fingerprint[:12]).all():
+        return table.drop(columns="fingerprint")
+    if model.source == "lab":
+        raise ValueError("data/phase.csv is of another lab: run python -m memlib.bench.phase")
+    return None
 
 
 def main() -> None:
