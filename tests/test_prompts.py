@@ -38,7 +38,12 @@ def test_the_labs_groups_are_by_copies():
     assert (memorized == (planted & (pairs.multiplicity >= 32))).all()
     assert (between == (planted & pairs.multiplicity.isin([8, 16]))).all()
     assert (control == (pairs.kind == "control")).all()
-    assert set(pairs.kind[prompts.to_correlate(pairs)]) == {"planted", "template", "control"}
+    assert set(pairs.kind[prompts.to_correlate(pairs)]) == {
+        "planted",
+        "named",
+        "template",
+        "control",
+    }
     assert (prompts.least_copied(pairs) == (planted & (pairs.multiplicity == 1))).all()
     assert (prompts.most_copied(pairs) == (planted & (pairs.multiplicity == 128))).all()
     assert prompts.copies_or_kind(pairs)[1][:8] == [str(2**i) for i in range(8)]
