@@ -158,7 +158,14 @@ def test_a_chapter_depends_on_the_code_that_it_uses(root):
 def real(tmp_path_factory):
     """A copy of this book's code, and a function: the chapters that an edit of a file changes."""
     root = tmp_path_factory.mktemp("real")
-    for name in ("memlib", "book", "data/lab/SHA256SUMS", "data/bench.json", "_toc.yml"):
+    for name in (
+        "memlib",
+        "book",
+        "data/lab/SHA256SUMS",
+        "data/bench.json",
+        "data/phase.csv",
+        "_toc.yml",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, root / name)
@@ -209,7 +216,8 @@ def test_a_changed_line_runs_the_chapters_that_use_it(real):
     assert real("memlib/memlib.mplstyle", "\n", "\n\n") == using("plot")
     assert real("memlib/claims.toml", "below = ", "below = 1") >= using("claims")
     assert real("memlib/hub/checkpoints.toml", "title", "# a\ntitle") == using("CHECKPOINTS")
-    assert real("data/bench.json", " ", "  ") == using("bench")
+    assert real("data/bench.json", " ", "  ") == {"scale"}
+    assert real("data/phase.csv", ",", ";") == {"causes"}
     assert real("book/loss.md", "\nimport numpy", "\nimport math\nimport numpy") == {"loss"}
     assert real("data/lab/SHA256SUMS", "\n", "\n\n") == {*chapters.read(ROOT)}
 
