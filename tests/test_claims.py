@@ -161,6 +161,9 @@ def test_a_row_is_kept_and_replaced(tmp_path, monkeypatch, numbers):
     claims.judge("overestimated", trace_of("ddpm"), np.median, numbers)
     first = [row for row in ledger.read_rows() if row["claim"] == "overestimated"]
     assert [row["sampler"] for row in first] == ["any"]  # one measurement, not two
+    old = tmp_path / "results/lab/ddpm/overestimated.json"  # of a version that judged it twice
+    old.write_text(json.dumps(first[0] | {"sampler": "ddpm"}))
+    assert len([r for r in ledger.read_rows() if r["claim"] == "overestimated"]) == 1
     shown = claims.table(table.to_dict("records"))
     assert shown.threshold["grows-with-guidance"].iloc[0] == "above 0"
 
@@ -196,11 +199,11 @@ def test_rows_of_earlier_versions_are_read(tmp_path):
     ledger_of(tmp_path, [{k: r[k] for k in r if k not in ("measure", "precision")} for r in old])
     table = ledger.read(tmp_path / "results").set_index(["claim", "model"])
     assert table.measure["guidance-needed", "realvis14"] == "sscd"
-    assert table.measure["overestimated", "lab"] == ""
-    assert ("overestimated", "realvis") in table.index
+    assert table.measure["grows-with-guidance", "lab"] == ""
+    assert ("grows-with-guidance", "realvis") in table.index
     lines = (tmp_path / "stage/_static/results.csv").read_text().splitlines()
-    assert lines[1].startswith("overestimated,lab,the lab,")
-    assert lines[2].startswith("overestimated,realvis,realvis,")
+    assert lines[1].startswith("grows-with-guidance,lab,the lab,")
+    assert lines[2].startswith("grows-with-guidance,realvis,realvis,")
     assert lines[3].startswith(f"guidance-needed,realvis14,Realistic Vision V1.4,{REALVIS}@cccc")
 
 
@@ -213,7 +216,7 @@ def test_what_is_in_a_fingerprint_is_kept(tmp_path, monkeypatch, numbers):
     ):  # fmt: skip
         trace = trace_of(model=model)
         trace.attrs["fingerprint"] = fingerprint
-        claims.judge("overestimated", trace, np.median, numbers)
+        claims.judge("grows-with-guidance", trace, np.median, numbers)
     found = ledger.read()
     assert dict(zip(found.model, found.fingerprint, strict=True)) == {
         "lab": "a" * 12, "./lab": f"{'b' * 12} vae {'c' * 12}", "./sd14": "d" * 12,
@@ -270,7 +273,7 @@ FILE = "Realistic_Vision_V1.4.safetensors config 123456789abc"
 SD14 = "CompVis/stable-diffusion-v1-4"
 
 
-def row(claim="overestimated", model="lab", sampler="ddim", verdict="holds", **more):
+def row(claim="grows-with-guidance", model="lab", sampler="ddim", verdict="holds", **more):
     measure = "sscd" if claims.CLAIMS.get(claim, {}).get("score") else ""
     return {"claim": claim, "model": model, "sampler": sampler, "verdict": verdict, "value": 6.9,
             "low": 6.8, "high": 7.0, "prompts": [18], "sizes": {"seed": 10, "step": 51},
@@ -298,7 +301,7 @@ def test_the_matrix_has_a_column_for_each_model_and_sampler(tmp_path):
     rows = [row(), row(sampler="ddpm", verdict="not decided"), row(model="a<b>"),
             row("loss-identity", sampler="any"), row("gone")]  # fmt: skip
     matrix, ledger = ledger_of(tmp_path, rows)
-    assert cells_of(matrix, "overestimated") == [
+    assert cells_of(matrix, "grows-with-guidance") == [
         ["✓ holds", "? not decided", "✓ holds", "not run"]  # the lab, then a model of one's own
     ]
     assert "a&lt;b&gt;" in matrix
@@ -310,7 +313,7 @@ def test_the_matrix_has_a_column_for_each_model_and_sampler(tmp_path):
         in ledger
     )
     table = pd.read_csv(tmp_path / "stage/_static/results.csv")
-    assert list(table.claim) == ["loss-identity", "overestimated", "overestimated", "overestimated"]
+    assert list(table.claim) == ["loss-identity", *["grows-with-guidance"] * 3]
     assert table.value.eq(6.9).all()
     assert table.versions.eq("torch 2").all()
 
@@ -333,7 +336,7 @@ def test_a_column_is_of_one_checkpoint_and_precision(tmp_path):
         ("SD v1.4", "@bbbbbbbb, VAE @dddddddd, float32"),
         ("Realistic Vision V1.4", "@cccccccc, VAE eeeeeeeeeeee, float32"),
     ]
-    assert cells_of(matrix, "overestimated") == [
+    assert cells_of(matrix, "grows-with-guidance") == [
         ["not run", "✓ holds", "? not decided", "✓ holds", "not run", "✗ does not hold", "not run"]
     ]
     assert f"- SD v1.4: `{SD14}@{'a' * 40}` float16" in matrix
@@ -351,7 +354,7 @@ def test_two_labs_are_told_apart(tmp_path):
     assert "ffffffff, float32" in matrix
     assert "eeeeeeee, float32" in matrix
     assert "Not run yet: SD v1.4" in matrix
-    assert cells_of(matrix, "overestimated") == [["✓ holds", "not run", "not run", "✓ holds"]]
+    assert cells_of(matrix, "grows-with-guidance") == [["✓ holds", "not run", "not run", "✓ holds"]]
 
 
 def test_a_line_of_the_matrix_is_of_one_score(tmp_path):

@@ -25,7 +25,7 @@ COLUMNS = (
 def read_rows(folder: str | Path = RESULTS) -> list[dict]:
     """All rows of a results folder, the oldest first; what earlier versions left out filled in."""
     files = sorted(Path(folder).glob("*/*/*.json"), key=lambda f: (f.stat().st_mtime_ns, f))
-    rows = [row for file in files if (row := json.loads(file.read_text()))["claim"] in CLAIMS]
+    rows = [row for file in files if is_judged(row := json.loads(file.read_text()))]
     for row in rows:
         if "@" in row["fingerprint"].split()[0]:  # of the Hub, and no folder that is called so
             row["model"] = ALIASES.get(row["model"], row["model"])
@@ -34,6 +34,15 @@ def read_rows(folder: str | Path = RESULTS) -> list[dict]:
         row.setdefault("precision", "")
         row.setdefault("levels", [])
     return rows
+
+
+def is_judged(row: dict) -> bool:
+    """Whether a row is still one of the ledger's: an earlier version judged other things, too."""
+    claim = CLAIMS.get(row["claim"])
+    if claim is None:
+        return False
+    samplers = ["any"] if claim.get("first") else claim.get("samplers", [row["sampler"]])
+    return row["sampler"] in samplers
 
 
 def in_order(rows: list[dict]) -> list[dict]:
