@@ -162,6 +162,7 @@ def test_a_row_is_kept_and_replaced(tmp_path, monkeypatch, numbers):
     first = [row for row in ledger.read_rows() if row["claim"] == "overestimated"]
     assert [row["sampler"] for row in first] == ["any"]  # one measurement, not two
     old = tmp_path / "results/lab/ddpm/overestimated.json"  # of a version that judged it twice
+    old.parent.mkdir()
     old.write_text(json.dumps(first[0] | {"sampler": "ddpm"}))
     assert len([r for r in ledger.read_rows() if r["claim"] == "overestimated"]) == 1
     shown = claims.table(table.to_dict("records"))
