@@ -1,6 +1,6 @@
 """What is copied, by number of copies, guidance scale and training time: the phase diagram's data.
 
-    python -m memlib.bench.phase     # about 20 minutes on two cores; goes on where it was stopped
+    python -m memlib.bench.phase     # ten minutes on a core; goes on where it was stopped
 
 Writes `data/phase.csv`: one row for each picture, with both measures of severity.
 """
