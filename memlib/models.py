@@ -201,6 +201,7 @@ class ExactModel:
 
     def __init__(self, atoms, captions, counts=None, scheduler_config=None, codec=None):
         self.atoms = torch.as_tensor(atoms, dtype=torch.float64)
+        self._energy = self.atoms.flatten(1).square().sum(1)
         self.captions = list(captions)
         if len(self.atoms) == 0 or len(self.atoms) != len(self.captions):
             raise ModelError(f"{len(self.atoms)} atoms do not fit {len(self.captions)} captions")
@@ -229,13 +230,16 @@ class ExactModel:
         known |= ~known.any(1, keepdim=True)
         return self.log_counts.where(known, -torch.inf), self.log_counts.expand(len(captions), -1)
 
+    def log_posterior(self, x_t, alpha_bar, text):
+        """Log probability of each atom given each row of `x_t`, [row, atom]."""
+        a = torch.as_tensor(alpha_bar, dtype=torch.float64).reshape(-1, 1)
+        fit = a.sqrt() * (x_t.double().flatten(1) @ self.atoms.flatten(1).T) - a * self._energy / 2
+        return torch.log_softmax(text + fit / (1 - a), -1)
+
     def posterior_mean(self, x_t, timestep, text):
         """$E[x_0 | x_t]$ for each row of `x_t`."""
-        a = self._alpha_bar[torch.as_tensor(timestep)].reshape(-1, 1)
-        flat, atoms = x_t.double().flatten(1), self.atoms.flatten(1)
-        distance = (flat[:, None] - a.sqrt()[..., None] * atoms).square().sum(-1)  # [batch, atom]
-        share = torch.softmax(text - distance / (2 * (1 - a)), -1)
-        return (share @ atoms).reshape(x_t.shape)
+        share = self.log_posterior(x_t, self._alpha_bar[torch.as_tensor(timestep)], text).exp()
+        return (share @ self.atoms.flatten(1)).reshape(x_t.shape)
 
     def predict(self, x_t, timestep, text):
         """The predicted noise of the posterior mean."""
