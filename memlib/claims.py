@@ -72,7 +72,7 @@ def interval(
     equal numbers.
     """
     units = [_units(group, groups[0] if paired else group) for group in groups]
-    rng, found = np.random.default_rng(0), []
+    rng, found, widths = np.random.default_rng(0), [], sorted({x.shape[1] for x, _ in units})
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where there is no statistic, it shows as NaN
         value = float(statistic(*(x.mean(1) for x, _ in units), axis=-1))
@@ -80,7 +80,7 @@ def interval(
             return value, np.nan, np.nan
         for start in range(0, resamples, 500):
             count = min(500, resamples - start)
-            seeds = {n: rng.multinomial(n, np.full(n, 1 / n), count) / n for n in _widths(units)}
+            seeds = {n: rng.multinomial(n, np.full(n, 1 / n), count) / n for n in widths}
             picks = [_draw(level, count, rng) for _, level in units[: 1 if paired else None]]
             drawn = [
                 np.take_along_axis(seeds[x.shape[1]] @ x.T, picks[0 if paired else i], 1)
@@ -105,10 +105,6 @@ def _units(values: Numbers, like: Numbers) -> tuple[np.ndarray, np.ndarray]:
     if level.value_counts().min() < 2:  # a level of one prompt could not vary
         level = level.map(lambda _: "")
     return x.values, level.to_numpy(str)
-
-
-def _widths(units) -> list[int]:
-    return sorted({x.shape[1] for x, _ in units})
 
 
 def _draw(level: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

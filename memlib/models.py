@@ -211,14 +211,15 @@ class ExactModel:
             **(scheduler_config or stable_diffusion_schedule()),
             "prediction_type": "epsilon",
         }
-        beta = self.scheduler_config
-        self._alpha_bar = _alpha_bar_table(beta)
+        self._alpha_bar = _alpha_bar_table(self.scheduler_config)
         self.latent_shape = tuple(self.atoms.shape[1:])
         self.codec = codec  # a model that encodes and decodes pictures
         self.image_size = getattr(codec, "image_size", None)
         self.fingerprint = hashlib.sha256(
             self.atoms.numpy().tobytes()
-            + repr((self.captions, counts.tolist(), self.latent_shape, beta)).encode()
+            + repr(
+                (self.captions, counts.tolist(), self.latent_shape, self.scheduler_config)
+            ).encode()
             + getattr(codec, "fingerprint", "").encode()
         ).hexdigest()
 

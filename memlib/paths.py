@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAB, CONFIGS, BENCH = (ROOT / "data" / name for name in ("lab", "configs", "bench.json"))
+LAB, REDRAWN, CONFIGS = (ROOT / "data" / name for name in ("lab", "redrawn", "configs"))
+BENCH, TRAININGS = (ROOT / "data" / name for name in ("bench.json", "trainings.csv"))
 
 
 def cache_folder() -> Path:

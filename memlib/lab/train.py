@@ -2,12 +2,13 @@
 
     python -m memlib.lab.train            # or: make lab
     python -m memlib.lab.train --keep-vae --seed 1 --out FOLDER     # another training
-    python -m memlib.lab.train --keep-vae --redrawn --out FOLDER    # half of the pairs unseen
+    python -m memlib.lab.train --keep-vae --redrawn    # the twin: half of the pairs unseen
 
 Everything is seeded by (stage, seed, step), so a run that was killed goes on where its last
 checkpoint was and makes the same weights. Checkpoints and sample sheets lie in ``_build/lab``;
 the finished pipeline is written to ``data/lab`` with the manifest of pairs, their images and
-checksums. The seed is the U-Net's and the text encoder's: the VAE never sees a planted scene.
+checksums; of the twin the U-Net and the text encoder, to ``data/redrawn``. The seed is the U-Net's
+and the text encoder's: the VAE never sees a planted scene.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from memlib.lab.scenes import (
     world,
 )
 from memlib.models import stable_diffusion_schedule
+from memlib.paths import REDRAWN
 
 WORK = Path("_build/lab")
 LATENT_CHANNELS = 8
@@ -543,17 +545,30 @@ def export(vae, tokenizer, modules: dict, folder: Path, seed: int, variant: str)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for snapshot in (WORK / f"snapshots{variant}" / f"step-{step:05d}" for step in SNAPSHOTS):
         shutil.copytree(snapshot, folder / "checkpoints" / snapshot.name, dirs_exist_ok=True)
-    for file in (p for p in folder.rglob("*.safetensors") if p.parent.name != "vae"):
-        weights = {name: w.half() for name, w in load_file(file).items()}
-        save_file(weights, file, metadata={"format": "pt"})
+    halve(folder)
     write_manifest(folder)
     write_facts(vae, modules, folder, seed)
     write_checksums(folder)
 
 
+def export_twin(modules: dict, folder: Path) -> None:
+    """The U-Net and the text encoder, as `memlib.training_step` reads them."""
+    for name, module in modules.items():
+        module.cpu().save_pretrained(folder / name)
+    halve(folder)
+    write_checksums(folder)
+
+
+def halve(folder: Path) -> None:
+    """Store all weights but the VAE's in half precision."""
+    for file in (p for p in folder.rglob("*.safetensors") if p.parent.name != "vae"):
+        weights = {name: w.half() for name, w in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=DATA, help="where the pipeline is written")
+    parser.add_argument("--out", type=Path, help="where it is written (data/lab; data/redrawn)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--keep-vae", action="store_true", help="take the VAE that the lab has")
     parser.add_argument("--seed", type=int, default=0, help="of the U-Net's training (0)")
@@ -562,7 +577,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     variant = (f"-seed{args.seed}" if args.seed else "") + ("-redrawn" if args.redrawn else "")
-    if variant and args.out == DATA:
+    out = args.out or (REDRAWN if args.redrawn else DATA)
+    if (args.seed and out in (DATA, REDRAWN)) or (args.redrawn and out == DATA):
         parser.error("the lab that ships is seed 0, nothing redrawn: give this one a folder, --out")
     if args.keep_vae:
         facts = json.loads((DATA / "training.json").read_text())
@@ -586,7 +602,10 @@ def main() -> None:
 
     rows = redrawn() if args.redrawn else list(world())
     modules = train_unet(vae, tokenizer, args.device, snapshot, rows, args.seed, variant)
-    export(vae, tokenizer, modules, args.out, args.seed, variant)
+    if args.redrawn:
+        export_twin(modules, out)
+    else:
+        export(vae, tokenizer, modules, out, args.seed, variant)
 
 
 if __name__ == "__main__":

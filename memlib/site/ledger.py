@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
-from memlib.claims import CLAIMS, RESULTS
+from memlib.claims import CLAIMS, RESULTS, verdict
 from memlib.hub.names import ALIASES, CHECKPOINTS
-from memlib.paths import ROOT
+from memlib.paths import ROOT, TRAININGS
 
 TITLES = {"lab": "the lab"} | {name: c.title for name, c in CHECKPOINTS.items()}
 PAPER = ("sd14", "sd21", "sd21-base", "realvis14", "realvis20")  # what the paper may mean
@@ -52,6 +52,18 @@ def in_order(rows: list[dict]) -> list[dict]:
 def read(folder: str | Path = RESULTS) -> pd.DataFrame:
     """All rows that runs have left in a results folder, in the order of the ledger."""
     return pd.DataFrame(in_order(read_rows(folder)))
+
+
+def trainings(file: Path) -> pd.DataFrame:
+    """Rows of the lab's other trainings whose number is still the same, by today's thresholds."""
+    if not file.exists():
+        return pd.DataFrame(columns=["claim"])
+    rows = pd.read_csv(file, dtype={"fingerprint": str}, keep_default_na=False)
+    today = rows.claim.map(lambda name: CLAIMS.get(name, {}).get("statistic"))
+    rows = rows[rows.statistic == today]
+    return rows.assign(
+        verdict=[verdict(r.claim, float(r.low), float(r.high)) for r in rows.itertuples()]
+    )
 
 
 def build_of(row: dict) -> Build:
@@ -103,6 +115,17 @@ def write_pages(results: Path, folder: Path) -> None:
         every = [(r, b) for s in scores[name] for b in builds for r in pair(name, s, b) if r]
         return list({id(row): (row, build) for row, build in every}.values())
 
+    others = {}  # the lab's rows in its other trainings, by claim, measure and sampler
+    for r in trainings(TRAININGS).itertuples():
+        others.setdefault((r.claim, r.measure, r.sampler), []).append(r)
+    shipped = {(r["claim"], r["measure"], r["sampler"]): r for r in rows if r["model"] == "lab"}
+    differ = [
+        f"*{key[0]}* ({', '.join(filter(None, key[:0:-1]))})"
+        for key, row in shipped.items()
+        if any(r.verdict != row["verdict"] for r in others.get(key, []))
+    ]
+    compared = (len(others.keys() & shipped.keys()), differ)
+
     templates = Environment(
         loader=FileSystemLoader(ROOT / "book/_ext"), trim_blocks=True, keep_trailing_newline=True
     )
@@ -110,7 +133,14 @@ def write_pages(results: Path, folder: Path) -> None:
     missing = [TITLES[name] for name in PAPER if TITLES[name] not in titles]
     for name in ("matrix", "ledger"):
         text = templates.get_template(f"{name}.md").render(
-            claims=CLAIMS, notes=notes, scores=scores, pair=pair, found=found, missing=missing
+            claims=CLAIMS,
+            notes=notes,
+            scores=scores,
+            pair=pair,
+            found=found,
+            missing=missing,
+            others=others,
+            compared=compared,
         )
         (folder / f"_{name}.md").write_text(text)
     (folder / "_static").mkdir(exist_ok=True)

@@ -80,8 +80,12 @@ def both_measures(trace: xr.Dataset, prompts: pd.DataFrame) -> list[xr.Dataset]:
 
 def copied(trace: xr.Dataset) -> xr.DataArray:
     """Which pictures count as copies, over (prompt, seed), by the measure of their scores."""
-    measure = trace.severity.attrs.get("measure", "sscd")
-    return trace.severity >= COPY["ncc" if measure == "ncc" else "sscd"]
+    return trace.severity >= threshold(trace.severity.attrs.get("measure", "sscd"))
+
+
+def threshold(measure: str) -> float:
+    """From which severity on a picture counts as a copy; every SSCD has the same."""
+    return COPY["ncc" if measure == "ncc" else "sscd"]
 
 
 def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
