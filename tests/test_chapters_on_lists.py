@@ -69,8 +69,9 @@ def test_the_chapters_settle_their_claims_on_a_list(ran):
     folder, _ = ran
     rows = ledger.read(folder / "work/results")
     assert set(CORE) <= set(rows.claim)
-    # a prompt with both copied and other seeds is not sure to be there at these sizes
-    assert set(claims.CLAIMS) - set(rows.claim) <= {"decided-early"}
+    # few seeds and updates, no twin that never saw some of the pictures, no copies
+    unsettled = {"decided-early", "conditional-memory-needed", "feedback-goes-on", "near-optimum"}
+    assert set(claims.CLAIMS) - set(rows.claim) == unsettled
     core = rows[rows.claim.isin(CORE)]
     assert np.isfinite(core[["value", "low", "high"]].to_numpy()).all()
     # five memorized prompts, two of a template and three controls are left
