@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
+import hashlib
 import numpy as np
 import pytest
 import torch
@@ -165,3 +166,21 @@ def test_earlier_checkpoints_load_and_differ():
     assert len(folders) == 3
     prints = {memlib.training_step(lab, f).fingerprint for f in folders}
     assert len(prints | {lab.fingerprint}) == 4
+
+
+def test_the_twin_that_ships_is_whole_and_never_saw_what_it_must_not():
+    """Its checksums; and in pure noise it is further from pictures it never saw than the lab is."""
+    folder = memlib.paths.REDRAWN
+    for line in (folder / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
+    lab = memlib.load("lab").uncached
+    twin = memlib.training_step(lab, folder)
+    pairs = memlib.load_pairs("lab").query("kind == 'planted' and multiplicity >= 32")
+    odd = pairs.prompt_id.str[-1].astype(int).values % 2 == 1
+    errors = [
+        memlib.image_error(memlib.forward_trace(m, pairs, [960], draws=1, progress=False), 1.0)
+        for m in (lab, twin)
+    ]
+    ratio = (errors[1] / errors[0]).values.ravel()
+    assert ratio[odd].min() > 2 > ratio[~odd].max()
