@@ -1,9 +1,9 @@
 """The lab: what is planted, how it is trained, and what the shipped model shows."""
 
+import hashlib
 from collections import Counter
 from dataclasses import replace
 
-import hashlib
 import numpy as np
 import pytest
 import torch
