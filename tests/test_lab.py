@@ -184,3 +184,16 @@ def test_the_twin_that_ships_is_whole_and_never_saw_what_it_must_not():
     ]
     ratio = (errors[1] / errors[0]).values.ravel()
     assert ratio[odd].min() > 2 > ratio[~odd].max()
+
+
+def test_a_twin_is_written_as_it_is_read(tmp_path):
+    """Its weights in half precision, with checksums; `memlib.training_step` gives them back."""
+    lab = memlib.load("lab").uncached
+    modules = {"unet": lab.unet, "text_encoder": lab.pipe.text_encoder}
+    train.export_twin(modules, tmp_path / "twin")
+    again = memlib.training_step(lab, tmp_path / "twin")
+    for name, want in lab.unet.state_dict().items():
+        torch.testing.assert_close(again.unet.state_dict()[name], want.half().float())
+    sums = (tmp_path / "twin/SHA256SUMS").read_text()
+    assert "unet/diffusion_pytorch_model.safetensors" in sums
+    assert "text_encoder/model.safetensors" in sums

@@ -9,8 +9,8 @@ Writes `data/trainings.csv`: one row for each verdict of each training.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -37,4 +37,9 @@ def main(clone: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("clone", type=Path, help="where the book of the other training was built")
+    clone = parser.parse_args().clone
+    if not (clone / "_build/html/_static/results.csv").exists():
+        parser.error(f"{clone} has no book: run make book there")
+    main(clone)
