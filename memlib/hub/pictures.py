@@ -153,7 +153,7 @@ def one_for_many(rows: dict[str, tuple[str, str, Hashable]]) -> dict[str, str]:
     same, found = defaultdict(list), {}
     for name, (digest, *_) in rows.items():
         same[digest].append(name)
-    for names in same.values():
+    for names in map(sorted, same.values()):
         places = {re.sub(r"^https?:|#.*$", "", rows[name][1], flags=re.I) for name in names}
         groups = {rows[name][2] for name in names}
         if len(places) > 1 and len(groups) > 1:

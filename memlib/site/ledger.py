@@ -126,6 +126,10 @@ def write_pages(results: Path, folder: Path) -> None:
     ]
     compared = (len(others.keys() & shipped.keys()), differ)
 
+    headings = {
+        name: re.search(r"^# (.*)", (ROOT / f"book/{name}.md").read_text(), re.M)[1]
+        for name in {claim["chapter"] for claim in CLAIMS.values()}
+    }
     templates = Environment(
         loader=FileSystemLoader(ROOT / "book/_ext"), trim_blocks=True, keep_trailing_newline=True
     )
@@ -141,11 +145,18 @@ def write_pages(results: Path, folder: Path) -> None:
             missing=missing,
             others=others,
             compared=compared,
+            headings=headings,
+            weak=weak,
         )
         (folder / f"_{name}.md").write_text(text)
     (folder / "_static").mkdir(exist_ok=True)
     table = pd.DataFrame(map(flat, in_order(rows)), columns=COLUMNS)
     table.to_csv(folder / "_static/results.csv", index=False, lineterminator="\n")
+
+
+def weak(row: dict) -> bool:
+    """Whether a row is of the lab, by the measure that tells copies less well there."""
+    return row["model"] == "lab" and row["measure"].startswith("sscd")
 
 
 def flat(row: dict) -> dict:

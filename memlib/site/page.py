@@ -14,6 +14,7 @@ import xarray as xr
 from PIL import Image
 
 from memlib import load, load_pairs
+from memlib.claims import CLAIMS, table
 from memlib.measures import COPY
 from memlib.prompts import by_memorization, copies, groups, least_copied, most_copied
 from memlib.trace import score
@@ -86,6 +87,22 @@ def copied(trace: xr.Dataset) -> xr.DataArray:
 def threshold(measure: str) -> float:
     """From which severity on a picture counts as a copy; every SSCD has the same."""
     return COPY["ncc" if measure == "ncc" else "sscd"]
+
+
+def verdicts(rows: Sequence[dict | None]) -> pd.DataFrame:
+    """The rows that a chapter judged, as a table; what they say is glued as ``verdicts``."""
+    said, found = {}, [row for row in rows if row]
+    for row in found:
+        if not CLAIMS[row["claim"]].get("identity"):
+            said.setdefault(CLAIMS[row["claim"]]["title"], []).append(row["verdict"])
+    glue(
+        verdicts=" ".join(
+            f"{title}: {each[0]}." if len(set(each)) == 1
+            else f"{title}: {', '.join(f'{v} ({each.count(v)} of {len(each)})' for v in dict.fromkeys(each))}."
+            for title, each in said.items()
+        ) or "Nothing was judged on this list."
+    )  # fmt: skip
+    return table(found)
 
 
 def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
