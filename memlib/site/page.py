@@ -95,13 +95,11 @@ def verdicts(rows: Sequence[dict | None]) -> pd.DataFrame:
     for row in found:
         if not CLAIMS[row["claim"]].get("identity"):
             said.setdefault(CLAIMS[row["claim"]]["title"], []).append(row["verdict"])
-    glue(
-        verdicts=" ".join(
-            f"{title}: {each[0]}." if len(set(each)) == 1
-            else f"{title}: {', '.join(f'{v} ({each.count(v)} of {len(each)})' for v in dict.fromkeys(each))}."
-            for title, each in said.items()
-        ) or "Nothing was judged on this list."
-    )  # fmt: skip
+    lines = []
+    for title, each in said.items():
+        parts = [f"{v} ({each.count(v)} of {len(each)})" for v in dict.fromkeys(each)]
+        lines.append(f"{title}: {each[0] if len(parts) == 1 else ', '.join(parts)}.")
+    glue(verdicts=" ".join(lines) or "Nothing was judged on this list.")
     return table(found)
 
 
