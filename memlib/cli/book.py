@@ -7,5 +7,5 @@ from memlib.site.book import build
 
 
 def book(options) -> None:
-    site = build(ROOT, options.profile, options.set, options.model or "")
+    site = build(ROOT, options.profile, options.set, options.model or "", options.fresh)
     print(os.path.relpath(site / "index.html"))

@@ -7,12 +7,14 @@ a chapter runs again when what it depends on changed (`memlib.site.digest`); new
 merged with the outputs at hand.
 """
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -24,8 +26,13 @@ from memlib.site import chapters, digest, ledger, notebooks, run
 from memlib.site.chapters import BookError, tagged
 
 
-def build(root: Path, profile: str = "full", assignments: str = "", model: str = "") -> Path:
-    """Execute what changed, build the site, return its folder."""
+def build(
+    root: Path, profile: str = "full", assignments: str = "", model: str = "", fresh: bool = False
+) -> Path:
+    """Execute what changed, build the site, return its folder.
+
+    With `fresh` everything runs, and no trace is taken that was recorded before.
+    """
     read = chapters.read(root)
     defaults = {name: chapters.parameters(name, chapter) for name, chapter in read.items()}
     chosen = chapters.choose(defaults, profile, chapters.profiles(root), assignments, model)
@@ -33,11 +40,40 @@ def build(root: Path, profile: str = "full", assignments: str = "", model: str =
     made.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(made / "lock", timeout=0):
-            run.run_changed(root, made, read, chosen)
+            if fresh:
+                traces = root / "_build" / "fresh"
+                shutil.rmtree(traces, ignore_errors=True)
+                os.environ |= {"MEMLIB_CACHE": str(traces), "MEMLIB_FRESH": "1"}
+            check = sampled_again(root, made, fresh or profile != "full")
+            run.run_changed(root, made, read, chosen, fresh, check)
             stage(root, made, read)
             return build_site(root, made, read)
     except Timeout:
         raise BookError(f"another build of {profile!r} is running here: wait for it") from None
+
+
+@contextlib.contextmanager
+def sampled_again(root: Path, made: Path, fresh: bool) -> Iterator[None]:
+    """Meanwhile, some of the traces that come with the book are sampled again, and compared.
+
+    Raises
+    ------
+    BookError
+        They are not what this code makes.
+    """
+    if fresh or not (root / "data/traces/SHA256SUMS").exists():
+        yield
+        (made / "compared.json").unlink(missing_ok=True)
+        return
+    command = [sys.executable, "-m", "memlib.bench.traces", "--compare", made / "compared.json"]
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+    try:
+        yield
+        errors = process.communicate()[1]
+        if process.returncode:
+            raise BookError((errors.strip().splitlines() or ["the comparison failed"])[-1])
+    finally:
+        process.kill()
 
 
 def stage(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
@@ -50,7 +86,7 @@ def stage(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
         executed = nbformat.read(made / "executed" / f"{name}.ipynb", as_version=4)
         page = nbformat.from_dict(merge(chapter, executed))
         (folder / f"{name}.ipynb").write_text(nbformat.writes(page) + "\n")
-    ledger.write_pages(made / "work" / "results", folder)
+    ledger.write_pages(made / "work" / "results", folder, made / "compared.json")
     return folder
 
 

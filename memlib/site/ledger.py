@@ -87,11 +87,12 @@ def note_on(build: Build, titles: list[str]) -> str:
     return f"{text}, {build.precision}" if build.precision else text
 
 
-def write_pages(results: Path, folder: Path) -> None:
+def write_pages(results: Path, folder: Path, compared: Path | None = None) -> None:
     """Write the rows of a results folder as ``_matrix.md``, ``_ledger.md`` and ``results.csv``.
 
     A column of the matrix is of one model, to the commit, the VAE and the precision; a line is of
-    one claim and, where the number depends on it, of one score. The latest row is shown.
+    one claim and, where the number depends on it, of one score. The latest row is shown. `compared`
+    is what came of sampling recorded traces again (`memlib.bench.traces`).
     """
     rows, rank = read_rows(results), {title: n for n, title in enumerate(TITLES.values())}
     builds = dict.fromkeys(map(build_of, rows))
@@ -120,11 +121,13 @@ def write_pages(results: Path, folder: Path) -> None:
         others.setdefault((r.claim, r.measure, r.sampler), []).append(r)
     shipped = {(r["claim"], r["measure"], r["sampler"]): r for r in rows if r["model"] == "lab"}
     differ = [
-        f"*{key[0]}* ({', '.join(filter(None, key[:0:-1]))})"
+        f"*{key[0]}* ({', '.join(k for k in key[:0:-1] if k not in ('', 'any'))})".replace(
+            " ()", ""
+        )
         for key, row in shipped.items()
         if any(r.verdict != row["verdict"] for r in others.get(key, []))
     ]
-    compared = (len(others.keys() & shipped.keys()), differ)
+    agree = (len(others.keys() & shipped.keys()), differ)
 
     headings = {
         name: re.search(r"^# (.*)", (ROOT / f"book/{name}.md").read_text(), re.M)[1]
@@ -144,9 +147,10 @@ def write_pages(results: Path, folder: Path) -> None:
             found=found,
             missing=missing,
             others=others,
-            compared=compared,
+            agree=agree,
             headings=headings,
             weak=weak,
+            again=json.loads(compared.read_text()) if compared and compared.exists() else None,
         )
         (folder / f"_{name}.md").write_text(text)
     (folder / "_static").mkdir(exist_ok=True)

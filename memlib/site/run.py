@@ -6,12 +6,14 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import click
 import jupytext
 import nbformat
 import papermill
+import psutil
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
@@ -24,42 +26,89 @@ from memlib.site import digest
 from memlib.site.chapters import BookError, tagged
 
 
-def run_changed(root: Path, build: Path, chapters: dict, chosen: dict) -> list[str]:
-    """Run the chapters whose digest changed, one after the other; return their names.
+def run_changed(
+    root: Path, build: Path, chapters: dict, chosen: dict, fresh: bool = False, meanwhile=None
+) -> list[str]:
+    """Run the chapters whose digest changed, or all, within `meanwhile`; return their names.
 
-    A chapter on a model or manifest of the reader's own always runs: only the cache of traces
-    can tell whether its data changed.
+    On several cores they run beside each other. A chapter on a model or manifest of the reader's
+    own always runs: only the cache of traces can tell whether its data changed.
     """
-    executed, again = [], ""
-    with contextlib.suppress(OSError, AttributeError):  # stdout is no terminal, or no Unix one
-        os.environ["MEMLIB_PROGRESS"] = os.ttyname(sys.stdout.fileno())
-        again = "\r"  # a kernel's progress bar has been where the title was
-    (build / "executed").mkdir(parents=True, exist_ok=True)
-    for number, (name, notebook) in enumerate(chapters.items(), start=1):
-        outside = place_paths(chosen[name], build / "work")
-        wanted = digest.of_chapter(root, notebook, chosen[name])
-        record = build / "executed" / f"{name}.json"
-        known = record.exists() and json.loads(record.read_text())["digest"] == wanted
-        if known and not outside:
-            kept = nbformat.read(record.with_suffix(".ipynb"), as_version=4)
-            if not missing_figure(notebook, kept):
-                continue
-        start, title = time.monotonic(), f"[{number}/{len(chapters)}] {name} … "
-        print(title, end="", flush=True)
-        try:
-            text = execute(name, notebook, chosen[name], build)
-        except BookError:
-            print("failed", flush=True)
-            raise
+    if todo := changed(root, build, chapters, chosen, fresh):
+        with meanwhile or contextlib.nullcontext():
+            run_these(todo, build, chapters, chosen)
+    return list(todo)
+
+
+def run_these(todo: dict[str, str], build: Path, chapters: dict, chosen: dict) -> None:
+    """Run these chapters, whose digests are given, beside each other where there are cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    small = all(chosen[name].get("model", "lab") in ("lab", "exact") for name in todo)
+    workers = max(1, min(len(todo), cores, 4)) if small else 1
+    titles = {name: f"[{n}/{len(chapters)}] {name} … " for n, name in enumerate(chapters, 1)}
+
+    def run_one(name: str, threads: int | None = None) -> float:
+        start, record = time.monotonic(), build / "executed" / f"{name}.json"
+        text = execute(name, chapters[name], chosen[name], build, threads)
         seconds = round(time.monotonic() - start, 1)
-        print(f"{again and again + title}{seconds} s", flush=True)
         record.unlink(missing_ok=True)  # no moment at which it speaks of another notebook
         with whole(record.with_suffix(".ipynb")) as partial:
             partial.write_text(text)
         with whole(record) as partial:
-            partial.write_text(json.dumps({"digest": wanted, "seconds": seconds}))
-        executed.append(name)
-    return executed
+            partial.write_text(json.dumps({"digest": todo[name], "seconds": seconds}))
+        return seconds
+
+    if workers == 1:
+        again = ""
+        with contextlib.suppress(OSError, AttributeError):  # stdout is no terminal, no Unix one
+            os.environ["MEMLIB_PROGRESS"] = os.ttyname(sys.stdout.fileno())
+            again = "\r"  # a kernel's progress bar has been where the title was
+        for name in todo:
+            print(titles[name], end="", flush=True)
+            try:
+                seconds = run_one(name)
+            except BookError:
+                print("failed", flush=True)
+                raise
+            print(f"{again and again + titles[name]}{seconds} s", flush=True)
+        return
+    pool = ThreadPoolExecutor(workers)
+    ends = list(todo)  # from both ends: the first chapters share traces, one would wait for another
+    order = [ends.pop(0 if n % 2 == 0 else -1) for n in range(len(ends))]
+    futures = {pool.submit(run_one, name, max(1, cores // workers)): name for name in order}
+    try:
+        for future in as_completed(futures):
+            name = futures[future]
+            print(titles[name], end="", flush=True)
+            if future.exception():
+                print("failed", flush=True)
+            print(f"{future.result()} s", flush=True)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "ipykernel_launcher" in child.cmdline():
+                    child.kill()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def changed(root: Path, build: Path, chapters: dict, chosen: dict, fresh: bool) -> dict[str, str]:
+    """The chapters that have to run, with their digests; paths in `chosen` become a kernel's."""
+    (build / "executed").mkdir(parents=True, exist_ok=True)
+    todo = {}
+    for name, notebook in chapters.items():
+        outside = place_paths(chosen[name], build / "work")
+        wanted = digest.of_chapter(root, notebook, chosen[name])
+        record = build / "executed" / f"{name}.json"
+        known = record.exists() and json.loads(record.read_text())["digest"] == wanted
+        if known and not outside and not fresh:
+            kept = nbformat.read(record.with_suffix(".ipynb"), as_version=4)
+            if not missing_figure(notebook, kept):
+                continue
+        todo[name] = wanted
+    return todo
 
 
 def place_paths(values: dict, work: Path) -> bool:
@@ -76,7 +125,9 @@ def place_paths(values: dict, work: Path) -> bool:
     return found
 
 
-def execute(name: str, notebook: NotebookNode, chosen: dict, build: Path) -> str:
+def execute(
+    name: str, notebook: NotebookNode, chosen: dict, build: Path, threads: int | None = None
+) -> str:
     """Run one chapter; return the notebook as text, without times and host names.
 
     Its kernel is this very Python with its packages, and shows figures inline: a user's
@@ -93,7 +144,7 @@ def execute(name: str, notebook: NotebookNode, chosen: dict, build: Path) -> str
                 "MATPLOTLIBRC": os.devnull,  # matplotlib's defaults, on which memlib.mplstyle goes
                 "IPYTHONDIR": scratch,
                 "PYTHONSTARTUP": "",
-            }
+            } | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
             own = {"kernel_spec": KernelSpec(**get_kernel_dict(), env=environment)}
             result = papermill.execute_notebook(
                 as_ipynb, None, parameters=chosen, cwd=work, progress_bar=False,

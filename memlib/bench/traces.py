@@ -1,0 +1,174 @@
+"""The traces that come with the book, in ``data/traces``: made, and compared with new ones.
+
+    make traces                                      # records them all anew and packs them
+    python -m memlib.bench.traces --compare FILE     # samples some again; what differs, as JSON
+
+`memlib.cached` takes them by weights and settings, whatever has become of the code. So `make book`
+samples some prompts of them again, others each time, and stops where they are no longer what this
+code makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+
+import memlib
+from memlib.hub.files import sha256, whole
+from memlib.paths import ROOT, TRACES
+from memlib.runs import packed
+from memlib.runs.store import Run
+
+BUDGET = 30_000_000  # bytes of all files
+SHARE = 0.02  # of the prompts, sampled again with each book
+# Another processor rounds otherwise, and sampling makes more of it: scalar products by the lengths
+# of their vectors, severities, grey levels of 255 (mean over a picture).
+TOLERANCE = {"gram": 0.01, "severity": 0.02, "image": 1.0}
+
+
+def make(folder: Path) -> None:
+    """Pack what a book has recorded in a cache of its own; the dearest for its size, first."""
+    runs = [Run(path.parent) for path in sorted(folder.glob("*/plan.json"))]
+    runs = [run for run in runs if run.planned()["identity"]["model"]["source"] == "lab"]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=ROOT, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    by = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": _processor()}
+    with tempfile.TemporaryDirectory(dir=TRACES.parent) as scratch:
+        made = {}
+        for run in runs:
+            plan, name = run.plan, Path(run.address).name.rsplit("-", 1)[0]
+            about = {
+                "identity": plan["identity"], "seeds": plan["seeds"], "by": by,
+                "prompts": [row["prompt_id"] for row in plan["prompts"]],
+            }  # fmt: skip
+            file = Path(scratch) / f"{name}.zip"
+            packed.pack(run.read(), file, **about)
+            made[file] = _calls(about) / file.stat().st_size
+            print(f"{name}: {file.stat().st_size / 1e6:.2f} MB, {_calls(about)} calls", flush=True)
+        shutil.rmtree(TRACES, ignore_errors=True)
+        TRACES.mkdir()
+        room = BUDGET
+        for file in sorted(made, key=made.get, reverse=True):
+            if (size := file.stat().st_size) <= room:
+                room -= size
+                shutil.move(file, TRACES / file.name)
+    sums = [f"{sha256(file)}  {file.name}\n" for file in sorted(TRACES.glob("*.zip"))]
+    (TRACES / "SHA256SUMS").write_text("".join(sums))
+    print(f"{len(sums)} of {len(runs)} traces, {(BUDGET - room) / 1e6:.1f} MB: data/traces")
+
+
+def _calls(about: dict) -> int:
+    """How often the network was called for a trace."""
+    settings = about["identity"]["settings"]
+    if "steps" not in settings:
+        return len(about["prompts"]) * len(settings["timesteps"]) * settings["draws"] * 2
+    branches = 1 if settings["guidance_scale"] == 1 else 2
+    return len(about["prompts"]) * len(about["seeds"]) * settings["steps"] * branches
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return (names or [platform.machine()])[0]
+
+
+def compare(share: float = SHARE, seed: int | None = None) -> dict:
+    """Sample some recorded prompts again; the largest differences, and of which trace they are.
+
+    Raises
+    ------
+    ValueError
+        A file is damaged, or a difference is larger than `TOLERANCE`: which, and by how much.
+    """
+    seed = time.time_ns() % 1_000_000 if seed is None else seed
+    model, listed = memlib.load("lab").uncached, memlib.load_pairs("lab")
+    files = sorted(TRACES.glob("*.zip"))
+    sums = dict(line.split()[::-1] for line in (TRACES / "SHA256SUMS").read_text().splitlines())
+    for name in sorted(sums.keys() | {file.name for file in files}):
+        if not (TRACES / name).exists() or sums.get(name) != sha256(TRACES / name):
+            raise ValueError(
+                f"data/traces/{name} is missing or damaged, by the checksum in SHA256SUMS; "
+                "git checkout -- data/traces restores it"
+            )
+    abouts = {file: packed.read_about(file) for file in files}
+    stale = [
+        f for f, a in abouts.items() if a["identity"]["model"]["fingerprint"] != model.fingerprint
+    ]
+    if stale:
+        raise ValueError(
+            f"data/traces/{stale[0].name} is of other weights than data/lab: make traces"
+        )
+    every = [(file, p) for file, about in abouts.items() for p in range(len(about["prompts"]))]
+    count = max(1, round(share * len(every)))
+    chosen: dict[Path, list[int]] = {}
+    for n in np.random.default_rng(seed).permutation(len(every))[:count]:
+        chosen.setdefault(every[n][0], []).append(every[n][1])
+    largest = dict.fromkeys(TOLERANCE, 0.0)
+    for file, places in chosen.items():
+        settings = dict(abouts[file]["identity"]["settings"])
+        function = getattr(memlib, abouts[file]["identity"]["function"])
+        if "severity" in settings:
+            settings |= {"similarity": settings.pop("severity"), "seeds": abouts[file]["seeds"]}
+        rows = listed.set_index("prompt_id", drop=False).loc[
+            [abouts[file]["prompts"][p] for p in places]
+        ]
+        new = function(model, rows.reset_index(drop=True), **settings, progress=False)
+        old = {name: v[places] for name, v in packed.unpack(file).items()}
+        for name, value in differences(old, new).items():
+            if value > TOLERANCE[name]:
+                raise ValueError(
+                    f"data/traces/{file.name} is not what this code makes: {name} differs by "
+                    f"{value:.2g}, {TOLERANCE[name]:g} is tolerated (prompts "
+                    f"{', '.join(rows.prompt_id)}); where it should, make traces records anew"
+                )
+            largest[name] = max(largest[name], value)
+    by = abouts[files[0]]["by"]
+    return {
+        "seed": seed, "sampled": count, "of": len(every), "largest": largest, "by": by,
+        "tolerance": TOLERANCE, "traces": len(files), "versions": _versions(abouts[files[0]]),
+    }  # fmt: skip
+
+
+def _versions(about: dict) -> dict:
+    return json.loads(about["attrs"].get("versions", "{}"))
+
+
+def differences(old: dict[str, xr.Variable], new: xr.Dataset) -> dict[str, float]:
+    """The largest differences of scalar products, severities and pictures."""
+    gram, other = old["gram"].values, new.gram.values
+    length = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1).clip(min=1e-12))
+    found = {"gram": abs(gram - other) / (length[..., None] * length[..., None, :])}
+    if "image" in old:
+        found["image"] = abs(old["image"].values.astype(int) - new.image.values).mean((-3, -2, -1))
+        found["severity"] = abs(old["severity"].values - new.severity.values)
+    return {name: float(np.nanmax(values, initial=0)) for name, values in found.items()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pack", type=Path, help="the cache that a fresh book has filled")
+    parser.add_argument("--compare", type=Path, help="where to write what differs")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.pack:
+        make(arguments.pack)
+    if arguments.compare:
+        try:
+            result = compare()
+        except ValueError as error:
+            sys.exit(str(error))
+        with whole(arguments.compare) as partial:
+            partial.write_text(json.dumps(result))

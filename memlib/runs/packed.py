@@ -1,0 +1,90 @@
+"""Traces that come with the book: each one file, packed small, unpacked into the cache.
+
+A file is a ZIP of `about.json` and one LZMA stream for each variable. Of what is symmetric the
+lower half is kept; float64 is rounded to 36 bits of mantissa, 7e-12 of a number.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+import xarray as xr
+
+from memlib.hub.files import whole
+from memlib.runs.store import Run
+
+BROKEN = (OSError, ValueError, KeyError, BadZipFile, lzma.LZMAError, EOFError)
+
+
+def pack(trace: xr.Dataset, file: Path, **about) -> None:
+    """Write a trace with all that is to be said about it; `about` is JSON."""
+    variables = {name: v for name, v in trace.data_vars.items() if "prompt" in v.dims}
+    with whole(file) as partial, ZipFile(partial, "w") as packed:
+        for name, v in variables.items():
+            values, delta = v.values, []
+            if _symmetric(v.dims):
+                values = values[..., *np.tril_indices(v.shape[-1])]
+            if values.dtype == np.float64:
+                bits = values.view(np.int64)
+                values = ((bits + (1 << 15)) & -(1 << 16)).view(np.float64)
+            if name == "image" and (row := v.shape[-2] * v.shape[-1]) <= 256:  # less the row above
+                delta = [{"id": lzma.FILTER_DELTA, "dist": row}]
+            filters = [*delta, {"id": lzma.FILTER_LZMA2, "preset": 9}]
+            data = np.moveaxis(_bytes(values), -1, 0).tobytes()
+            packed.writestr(name, lzma.compress(data, filters=filters))
+        shapes = {n: [v.dims, v.shape, v.dtype.str, v.attrs] for n, v in variables.items()}
+        about |= {"variables": shapes, "attrs": trace.attrs}
+        packed.writestr("about.json", json.dumps(about, default=lambda v: np.asarray(v).tolist()))
+
+
+def read_about(file: Path) -> dict:
+    """What is said about a packed trace."""
+    with ZipFile(file) as packed:
+        return json.loads(packed.read("about.json"))
+
+
+def unpack(file: Path) -> dict[str, xr.Variable]:
+    """The variables of a packed trace.
+
+    Raises
+    ------
+    One of `BROKEN`, where the file is damaged.
+    """
+    found = {}
+    with ZipFile(file) as packed:  # each of its files has a checksum, which reading compares
+        for name, (dims, shape, dtype, attrs) in read_about(file)["variables"].items():
+            side, dtype = shape[-1], np.dtype(dtype)
+            half = np.tril_indices(side) if _symmetric(dims) else None
+            kept = shape if half is None else [*shape[:-2], len(half[0])]
+            data = np.frombuffer(lzma.decompress(packed.read(name)), np.uint8)
+            data = np.moveaxis(data.reshape(dtype.itemsize, *kept), 0, -1)
+            values = np.ascontiguousarray(data).view(dtype)[..., 0]
+            if half is not None:
+                whole_ = np.empty(shape, dtype)
+                whole_[..., *half] = whole_[..., half[1], half[0]] = values
+                values = whole_
+            found[name] = xr.Variable(dims, values, attrs)
+    return found
+
+
+def put_in(file: Path, run: Run, identity: dict, rows: list[dict], seeds: list[int], template):
+    """Write a packed trace as a run; `template` is a trace of no prompts."""
+    values, attrs = unpack(file), read_about(file)["attrs"]
+    with run.work():
+        run.open_plan(identity, rows, seeds, None, template.assign_attrs(attrs))
+        for task in run.tasks():
+            for p in task.prompts:
+                run.put(task, p, xr.Dataset({n: v[p] for n, v in values.items()}))
+
+
+def _symmetric(dims) -> bool:
+    return len(dims) > 2 and dims[-1] == f"{dims[-2]}_"
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    """The bytes of each number, as a last axis."""
+    return np.ascontiguousarray(values)[..., None].view(np.uint8)
