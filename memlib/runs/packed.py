@@ -1,7 +1,8 @@
 """Traces that come with the book: each one file, packed small, unpacked into the cache.
 
 A file is a ZIP of `about.json` and one LZMA stream for each variable. Of what is symmetric the
-lower half is kept; float64 is rounded to 36 bits of mantissa, 7e-12 of a number.
+lower half is kept. Scalar products, which are subtracted from each other, are rounded to 36 bits of
+mantissa, 7e-12 of a number; other float64 to 24, as float32.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def pack(trace: xr.Dataset, file: Path, **about) -> None:
             if _symmetric(v.dims):
                 values = values[..., *np.tril_indices(v.shape[-1])]
             if values.dtype == np.float64:
-                bits = values.view(np.int64)
-                values = ((bits + (1 << 15)) & -(1 << 16)).view(np.float64)
+                cut = 52 - (36 if name == "gram" else 24)
+                bits = values.view(np.int64) + (1 << (cut - 1))
+                values = (bits & -(1 << cut)).view(np.float64)
             if name == "image" and (row := v.shape[-2] * v.shape[-1]) <= 256:  # less the row above
                 delta = [{"id": lzma.FILTER_DELTA, "dist": row}]
             filters = [*delta, {"id": lzma.FILTER_LZMA2, "preset": 9}]
