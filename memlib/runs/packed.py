@@ -1,8 +1,8 @@
 """Traces that come with the book: each one file, packed small, unpacked into the cache.
 
 A file is a ZIP of `about.json` and one LZMA stream for each variable. Of what is symmetric the
-lower half is kept. Scalar products, which are subtracted from each other, are rounded to 36 bits of
-mantissa, 7e-12 of a number; other float64 to 24, as float32.
+lower half is kept, scalar products, which are subtracted from each other, with 36 bits of mantissa,
+7e-12 of a number, and distances with 32.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ def pack(trace: xr.Dataset, file: Path, **about) -> None:
             values, delta = v.values, []
             if _symmetric(v.dims):
                 values = values[..., *np.tril_indices(v.shape[-1])]
-            if values.dtype == np.float64:
-                cut = 52 - (36 if name == "gram" else 24)
+            if cut := {"gram": 52 - 36, "seed_distance": 52 - 32}.get(name):
                 bits = values.view(np.int64) + (1 << (cut - 1))
                 values = (bits & -(1 << cut)).view(np.float64)
             if name == "image" and (row := v.shape[-2] * v.shape[-1]) <= 256:  # less the row above
