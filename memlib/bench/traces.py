@@ -85,8 +85,8 @@ def _processor() -> str:
     return (names or [platform.machine()])[0]
 
 
-def compare(share: float = SHARE, seed: int | None = None) -> dict:
-    """Sample some recorded prompts again; the largest differences, and of which trace they are.
+def compare(share: float = SHARE, seed: int | None = None) -> dict | None:
+    """Sample some recorded prompts again; the largest differences. None where the lab is another.
 
     Raises
     ------
@@ -104,13 +104,8 @@ def compare(share: float = SHARE, seed: int | None = None) -> dict:
                 "git checkout -- data/traces restores it"
             )
     abouts = {file: packed.read_about(file) for file in files}
-    stale = [
-        f for f, a in abouts.items() if a["identity"]["model"]["fingerprint"] != model.fingerprint
-    ]
-    if stale:
-        raise ValueError(
-            f"data/traces/{stale[0].name} is of other weights than data/lab: make traces"
-        )
+    if any(a["identity"]["model"]["fingerprint"] != model.fingerprint for a in abouts.values()):
+        return None
     every = [(file, p) for file, about in abouts.items() for p in range(len(about["prompts"]))]
     count = max(1, round(share * len(every)))
     chosen: dict[Path, list[int]] = {}
@@ -170,5 +165,9 @@ if __name__ == "__main__":
             result = compare()
         except ValueError as error:
             sys.exit(str(error))
+        if result is None:
+            print("data/traces is of another training of the lab: everything is recorded anew")
+            arguments.compare.unlink(missing_ok=True)
+            sys.exit()
         with whole(arguments.compare) as partial:
             partial.write_text(json.dumps(result))
