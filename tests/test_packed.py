@@ -1,0 +1,144 @@
+"""The traces that come with the book: packed without loss that matters, read, and found out."""
+
+import json
+
+import numpy as np
+import pytest
+
+import memlib
+from memlib.bench import traces
+from memlib.hub.files import sha256
+from memlib.paths import TRACES, cache_folder
+from memlib.runs import cache, packed
+from memlib.runs.store import Run
+
+CALLS = []
+
+
+def reverse_trace(model, pairs, seeds=(0, 1, 2), steps=3, similarity="ncc", images=True):
+    CALLS.append(len(pairs))
+    return memlib.reverse_trace(
+        model, pairs, seeds=seeds, steps=steps, similarity=similarity, images=images, progress=False
+    )
+
+
+@pytest.fixture
+def shipped(lab, tmp_path, monkeypatch):
+    """A trace that was recorded, packed, and forgotten by the cache: itself and its file."""
+    monkeypatch.setenv("MEMLIB_CACHE", str(tmp_path / "before"))
+    pairs = memlib.load_pairs("lab").iloc[:3]
+    trace = memlib.cached(reverse_trace, lab, pairs)
+    (run,) = (Run(f) for f in (tmp_path / "before").iterdir() if f.is_dir())
+    plan, name = run.planned(), run.folder.name.rsplit("-", 1)[0]
+    monkeypatch.setattr(cache, "TRACES", tmp_path / "shipped")
+    monkeypatch.setattr(traces, "TRACES", tmp_path / "shipped")
+    (tmp_path / "shipped").mkdir()
+    file = tmp_path / f"shipped/{name}.zip"
+    plan["identity"]["function"] = "reverse_trace"
+    packed.pack(
+        trace, file, identity=plan["identity"], seeds=plan["seeds"], by={},
+        prompts=list(pairs.prompt_id),
+    )  # fmt: skip
+    sums(file)
+    monkeypatch.setenv("MEMLIB_CACHE", str(tmp_path / "after"))
+    CALLS.clear()
+    return pairs, trace, file
+
+
+def sums(file):
+    (file.parent / "SHA256SUMS").write_text(f"{sha256(file)}  {file.name}\n")
+
+
+def test_a_packed_trace_is_the_trace(shipped):
+    _, trace, file = shipped
+    found = packed.unpack(file)
+    assert list(found) == [name for name, v in trace.data_vars.items() if "prompt" in v.dims]
+    for name, v in found.items():
+        assert v.dims == trace[name].dims
+        assert v.dtype == trace[name].dtype
+        if name in ("gram", "seed_distance"):
+            rounding = 2.0**-37 if name == "gram" else 2.0**-33
+            np.testing.assert_allclose(v.values, trace[name].values, rtol=rounding, atol=0)
+        else:
+            np.testing.assert_array_equal(v.values, trace[name].values)
+
+
+def test_it_is_read_and_nothing_is_sampled(lab, shipped):
+    pairs, trace, file = shipped
+    read = memlib.cached(reverse_trace, lab, pairs)
+    assert max(CALLS) == 0  # asked for no prompts, it tells its shapes
+    np.testing.assert_array_equal(read.image, trace.image)
+    np.testing.assert_allclose(memlib.weights(read).w_0, memlib.weights(trace).w_0, atol=1e-9)
+    assert read.attrs == trace.attrs
+    assert list(read.caption.values) == list(trace.caption.values)
+    CALLS.clear()
+    assert memlib.cached(reverse_trace, lab, pairs).identical(read)
+    assert max(CALLS, default=0) == 0
+    (folder,) = (f for f in cache_folder().iterdir() if f.is_dir())
+    assert folder.name.endswith(sha256(file)[:12])
+    assert Run(folder).verify().ok
+
+
+def test_other_settings_and_other_weights_are_recorded(lab, shipped, monkeypatch):
+    pairs, *_ = shipped
+    memlib.cached(reverse_trace, lab, pairs, steps=2)
+    assert max(CALLS) > 0
+    CALLS.clear()
+    monkeypatch.setattr(lab, "fingerprint", "other weights")
+    memlib.cached(reverse_trace, lab, pairs)
+    assert max(CALLS) > 0
+
+
+def test_everything_can_be_recorded_anew(lab, shipped, monkeypatch):
+    pairs, trace, _ = shipped
+    monkeypatch.setenv("MEMLIB_FRESH", "1")
+    again = memlib.cached(reverse_trace, lab, pairs)
+    assert max(CALLS) > 0
+    np.testing.assert_allclose(again.gram, trace.gram, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
+def test_a_flipped_byte_is_noticed_and_it_is_recorded_anew(lab, shipped, at):
+    pairs, trace, file = shipped
+    data = bytearray(file.read_bytes())
+    data[int(at * len(data))] ^= 0xFF
+    file.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"cannot be used .*recorded anew; git checkout"):
+        again = memlib.cached(reverse_trace, lab, pairs)
+    assert max(CALLS) > 0
+    np.testing.assert_array_equal(again.image, trace.image)
+    with pytest.raises(ValueError, match="is missing or damaged, by the checksum"):
+        traces.compare(share=1.0)
+
+
+def test_sampling_again_finds_what_changed(shipped):
+    _, trace, file = shipped
+    about = packed.read_about(file)
+    found = traces.compare(share=0.5, seed=1)
+    assert (found["sampled"], found["of"], found["seed"]) == (2, 3, 1)
+    assert 0 < found["largest"]["gram"] < 1e-4
+    assert found["largest"]["severity"] < 1e-3
+    wrong = trace.copy(deep=True)
+    wrong["severity"][1, 2] += 0.03
+    kept = {name: about[name] for name in ("identity", "seeds", "by", "prompts")}
+    packed.pack(wrong, file, **kept)
+    sums(file)
+    with pytest.raises(ValueError, match=r"not what this code makes: severity differs by 0\.03"):
+        traces.compare(share=1.0)
+    kept["identity"]["model"]["fingerprint"] = "another training"
+    packed.pack(trace, file, **kept)
+    sums(file)
+    assert traces.compare() is None
+
+
+def test_the_shipped_ones_are_whole_and_of_the_shipped_lab(lab):
+    files = sorted(TRACES.glob("*.zip"))
+    assert files
+    lines = (TRACES / "SHA256SUMS").read_text().splitlines()
+    assert lines == [f"{sha256(file)}  {file.name}" for file in files]
+    assert sum(file.stat().st_size for file in files) <= 30_000_000
+    for file in files:
+        about = packed.read_about(file)
+        assert about["identity"]["model"]["fingerprint"] == lab.fingerprint
+        assert about["by"].keys() == {"commit", "date", "machine"}
+        assert json.loads(about["attrs"]["versions"])["torch"]
