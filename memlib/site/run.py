@@ -72,6 +72,7 @@ def run_these(todo: dict[str, str], build: Path, chapters: dict, chosen: dict) -
                 raise
             print(f"{again and again + titles[name]}{seconds} s", flush=True)
         return
+    print(f"{len(todo)} chapters, {workers} at once", flush=True)
     pool = ThreadPoolExecutor(workers)
     ends = list(todo)  # from both ends: the first chapters share traces, one would wait for another
     order = [ends.pop(0 if n % 2 == 0 else -1) for n in range(len(ends))]
