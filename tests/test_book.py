@@ -270,6 +270,16 @@ def test_a_full_disk_is_one_line(root, monkeypatch, build):
     assert not list(root.rglob("*.partial"))
 
 
+def test_a_shipped_trace_that_is_no_longer_made_fails_the_build(root, build, monkeypatch):
+    (root / "data/traces").mkdir(parents=True)
+    (root / "data/traces/SHA256SUMS").write_text("")
+    wrong = "import sys; sys.exit('data/traces/x.zip is not what this code makes')"
+    monkeypatch.setattr(book, "COMPARE", [sys.executable, "-c", wrong])
+    status, _, errors = build()
+    assert status == 1
+    assert errors.splitlines()[-1] == "error: data/traces/x.zip is not what this code makes"
+
+
 @pytest.mark.parametrize(
     ("draws", "reason"), [(7, "ValueError: last line"), (8, "the kernel died")]
 )

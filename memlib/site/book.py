@@ -25,6 +25,8 @@ from nbformat import NotebookNode
 from memlib.site import chapters, digest, ledger, notebooks, run
 from memlib.site.chapters import BookError, tagged
 
+COMPARE = [sys.executable, "-m", "memlib.bench.traces", "--compare"]
+
 
 def build(
     root: Path, profile: str = "full", assignments: str = "", model: str = "", fresh: bool = False
@@ -65,7 +67,7 @@ def sampled_again(root: Path, made: Path, fresh: bool) -> Iterator[None]:
         yield
         (made / "compared.json").unlink(missing_ok=True)
         return
-    command = [sys.executable, "-m", "memlib.bench.traces", "--compare", made / "compared.json"]
+    command = [*COMPARE, made / "compared.json"]
     process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
     try:
         yield
