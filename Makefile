@@ -28,7 +28,7 @@ traces: .venv/installed ## Record anew the traces that come with the book (data/
 	@$(BIN)/python -m memlib.bench.traces --pack _build/fresh
 
 test: .venv/installed ## Run all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
 
 lab: .venv/installed ## Train the lab model from nothing (resumes after an interruption)
 	@$(BIN)/python -m memlib.lab.train
