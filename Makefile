@@ -18,7 +18,7 @@ help: ## List the targets
 	@echo '  make book PROFILE=smoke                    small sizes, to try things out'
 	@echo '  make book P="seeds=4 guidance_scale=3"     every chapter that has these parameters'
 	@echo '  make book P="loss.draws=2" MODEL=./pipe    one chapter; the model of all chapters'
-	@echo '  make book FRESH=1                          records everything anew (a quarter of an hour)'
+	@echo '  make book FRESH=1                          records everything anew'
 
 book: .venv/installed ## Execute the chapters that changed and build the site in _build/html
 	@$(BIN)/python -m memlib.cli book --profile "$$PROFILE" --set "$$P" --model "$$MODEL" $(if $(FRESH),--fresh)

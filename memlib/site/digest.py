@@ -26,7 +26,7 @@ DATA = {
     "memlib/bench/phase.py": "data/phase.csv",
     "memlib/lab/train.py": "data/redrawn/SHA256SUMS",
 }
-ALWAYS = ("data/lab/SHA256SUMS", "constraints.txt")
+ALWAYS = ("data/lab/SHA256SUMS", "data/traces/SHA256SUMS", "constraints.txt")
 
 
 def of_chapter(root: Path, notebook: NotebookNode, chosen: dict) -> str:
