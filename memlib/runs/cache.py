@@ -96,14 +96,19 @@ def run_folder(model, pairs: pd.DataFrame, **settings) -> Path:
 
 def _names(function, agreed: dict, asked: list, model) -> tuple[str, str, str]:
     """Names of the run of just this, and of any run of its settings; a hash of code and device."""
+    own, shared = (
+        hashlib.sha256(json.dumps(part).encode()).hexdigest()[:20]
+        for part in ([agreed, asked], agreed)
+    )
+    return f"{function.__name__}-{own}", f"run-{shared}", made_by(model)
+
+
+def made_by(model) -> str:
+    """A hash of the code, the packages and the kind of device that make a model's numbers."""
     packages = ("torch", "diffusers", "transformers", "numpy", "pillow", "onnxruntime")
     where = [
         f"{model.precision} {model.device.type}",
         *(code(ROOT / "memlib" / f"{name}.py") for name in MAKES),
         *(version(package) for package in packages),
     ]
-    own, shared, place = (
-        hashlib.sha256(json.dumps(part).encode()).hexdigest()[:20]
-        for part in ([agreed, asked], agreed, where)
-    )
-    return f"{function.__name__}-{own}", f"run-{shared}", place[:12]
+    return hashlib.sha256(json.dumps(where).encode()).hexdigest()[:12]

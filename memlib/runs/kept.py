@@ -1,0 +1,154 @@
+"""Results of a chapter's own experiments, kept on disk by the source of what made them."""
+
+from __future__ import annotations
+
+import ast
+import dis
+import hashlib
+import inspect
+import json
+import os
+import textwrap
+import types
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from filelock import FileLock
+
+from memlib.errors import first_line
+from memlib.paths import TRACES, cache_folder
+from memlib.runs import packed
+from memlib.runs.cache import made_by
+from memlib.runs.store import StoreError, prompt_rows
+
+SHARE = 0.02  # of the rows of a result that comes with the book, computed again
+TOLERANCE = 0.02  # of the largest number of each variable
+
+
+def kept(function: Callable[..., xr.Dataset], rows: pd.DataFrame, *arguments) -> xr.Dataset:
+    """`function(rows, *arguments)`, from the disk where just this was computed before.
+
+    For experiments that are no traces. The result is known by the source of `function` and of
+    all that it uses of the chapter, by the weights of the models among its arguments, by the
+    prompts and the bytes of their images: a change of any computes anew. Results that come with
+    the book, in ``data/traces``, are taken whatever has become of the package's code, unless
+    MEMLIB_FRESH is set; 2 % of their rows are computed again.
+
+    Parameters
+    ----------
+    function : gives a Dataset of numbers whose variables begin with the dimension `prompt`, an
+        entry for each row that depends on no other row.
+    rows : prompts, as of `memlib.load_pairs`.
+    arguments : numbers, texts, models, functions and classes of the chapter, lists and dicts.
+
+    Returns
+    -------
+    The Dataset; its attributes say how many rows were computed again (`again`) and the largest
+    difference (`largest`, in units of the largest number of its variable).
+
+    Raises
+    ------
+    StoreError
+        What comes with the book is not what this code makes.
+    TypeError
+        An argument, or what `function` uses, cannot be told from others of its kind.
+    """
+    models: list = []
+    words = json.dumps([_said(function, models), prompt_rows(rows), _said(arguments, models)])
+    name = f"kept-{function.__name__}-{hashlib.sha256(words.encode()).hexdigest()[:20]}"
+    file = cache_folder() / f"{name}-{made_by(models[0]) if models else 'any'}.zip"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        shipped = [] if os.environ.get("MEMLIB_FRESH") else [TRACES / f"{name}.zip"]
+        for known in filter(lambda f: f.exists(), [file, *shipped]):
+            try:
+                found = xr.Dataset(packed.unpack(known))
+            except packed.BROKEN as error:
+                text = f"{known} cannot be used ({first_line(error)}): computed anew"
+                warnings.warn(text, stacklevel=2)
+                continue
+            return found if known == file else _compared(found, known, function, rows, arguments)
+        found = function(rows, *arguments)
+        packed.pack(found, file, source=models[0].source if models else "")
+        return found
+
+
+def _compared(found: xr.Dataset, file, function, rows, arguments) -> xr.Dataset:
+    """A result that comes with the book, with some of its rows computed again."""
+    (again,) = np.nonzero(np.random.default_rng().random(len(rows)) < SHARE)
+    largest = 0.0
+    if len(again):
+        new = function(rows.iloc[again], *arguments)
+        for name, values in found.items():
+            scale = np.nanmax(np.abs(values), initial=1e-12)
+            differs = np.nanmax(np.abs(values[again] - new[name].values), initial=0) / scale
+            if differs > TOLERANCE:
+                raise StoreError(
+                    f"data/traces/{file.name} is not what this code makes: {name} differs by "
+                    f"{differs:.2g} of its largest, {TOLERANCE:g} is tolerated (prompts "
+                    f"{', '.join(rows.prompt_id.iloc[again])}); make traces computes it anew"
+                )
+            largest = max(largest, float(differs))
+    return found.assign_attrs(again=len(again), largest=largest)
+
+
+def _said(value, models: list, seen: dict | None = None):
+    """A value as JSON that is the same wherever the chapter runs; models are gathered."""
+    seen = {} if seen is None else seen
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float | np.floating):
+        return f"{value:.6g}"
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        return _said(value.tolist(), models, seen)
+    if isinstance(value, list | tuple):
+        return [_said(v, models, seen) for v in value]
+    if isinstance(value, dict):
+        return [[_said(k, models, seen), _said(v, models, seen)] for k, v in value.items()]
+    if isinstance(value, pd.DataFrame):
+        return prompt_rows(value)
+    if hasattr(value, "fingerprint"):
+        models.append(value)
+        return ["model", value.fingerprint]
+    if isinstance(value, types.ModuleType):
+        return value.__name__
+    value = inspect.unwrap(value)  # of functools.cache
+    if isinstance(value, type | types.FunctionType):
+        return _source(value, models, seen)
+    raise TypeError(f"a result cannot be kept by a {type(value).__name__}")
+
+
+def _source(thing, models: list, seen: dict):
+    """A function or class: its name, and, if it is the chapter's, its source and all it uses."""
+    if thing.__module__ != "__main__":
+        return f"{thing.__module__}.{thing.__qualname__}"
+    if id(thing) in seen:
+        return seen[id(thing)]
+    seen[id(thing)] = thing.__qualname__  # met again within itself
+    functions = [thing]
+    if isinstance(thing, type):
+        functions = [f for f in vars(thing).values() if isinstance(f, types.FunctionType)]
+    used = {}
+    for function in functions:
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        used |= {name: cell.cell_contents for name, cell in cells}
+        names = _names(function.__code__) & function.__globals__.keys()
+        used |= {name: function.__globals__[name] for name in names}
+        used |= {f"default {n}": v for n, v in enumerate(function.__defaults__ or ())}
+    # Of a class its methods: Python finds no source of a class of a notebook.
+    sources = [ast.dump(ast.parse(textwrap.dedent(inspect.getsource(f)))) for f in functions]
+    parts = [[name, _said(used[name], models, seen)] for name in sorted(used)]
+    digest = hashlib.sha256("".join(sources).encode()).hexdigest()
+    seen[id(thing)] = [thing.__qualname__, digest, parts]
+    return seen[id(thing)]
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """The globals that a function uses, those of functions within it, too."""
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    found = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return found.union(*map(_names, inner))
