@@ -58,6 +58,10 @@ def make(folder: Path) -> None:
             packed.pack(run.read(), file, **about)
             made[file] = _calls(about) / file.stat().st_size
             print(f"{name}: {file.stat().st_size / 1e6:.2f} MB, {_calls(about)} calls", flush=True)
+        for kept in folder.glob("kept-*.zip"):  # experiments of chapters (`memlib.runs.kept`)
+            file = Path(scratch) / f"{kept.stem.rsplit('-', 1)[0]}.zip"
+            packed.pack(xr.Dataset(packed.unpack(kept)), file, **packed.read_about(kept), by=by)
+            made[file] = np.inf
         shutil.rmtree(TRACES, ignore_errors=True)
         TRACES.mkdir()
         room = BUDGET
@@ -67,7 +71,7 @@ def make(folder: Path) -> None:
                 shutil.move(file, TRACES / file.name)
     sums = [f"{sha256(file)}  {file.name}\n" for file in sorted(TRACES.glob("*.zip"))]
     (TRACES / "SHA256SUMS").write_text("".join(sums))
-    print(f"{len(sums)} of {len(runs)} traces, {(BUDGET - room) / 1e6:.1f} MB: data/traces")
+    print(f"{len(sums)} of {len(made)} files, {(BUDGET - room) / 1e6:.1f} MB: data/traces")
 
 
 def _calls(about: dict) -> int:
@@ -103,7 +107,7 @@ def compare(share: float = SHARE, seed: int | None = None) -> dict | None:
                 f"data/traces/{name} is missing or damaged, by the checksum in SHA256SUMS; "
                 "git checkout -- data/traces restores it"
             )
-    abouts = {file: packed.read_about(file) for file in files}
+    abouts = {file: packed.read_about(file) for file in files if not file.name.startswith("kept-")}
     if any(a["identity"]["model"]["fingerprint"] != model.fingerprint for a in abouts.values()):
         return None
     every = [(file, p) for file, about in abouts.items() for p in range(len(about["prompts"]))]
@@ -130,10 +134,10 @@ def compare(share: float = SHARE, seed: int | None = None) -> dict | None:
                     f"{', '.join(rows.prompt_id)}); where it should, make traces records anew"
                 )
             largest[name] = max(largest[name], value)
-    by = abouts[files[0]]["by"]
+    first = next(iter(abouts.values()))
     return {
-        "seed": seed, "sampled": count, "of": len(every), "largest": largest, "by": by,
-        "tolerance": TOLERANCE, "traces": len(files), "versions": _versions(abouts[files[0]]),
+        "seed": seed, "sampled": count, "of": len(every), "largest": largest, "by": first["by"],
+        "tolerance": TOLERANCE, "traces": len(abouts), "versions": _versions(first),
     }  # fmt: skip
 
 

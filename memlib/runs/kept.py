@@ -71,7 +71,9 @@ def kept(function: Callable[..., xr.Dataset], rows: pd.DataFrame, *arguments) ->
                 text = f"{known} cannot be used ({first_line(error)}): computed anew"
                 warnings.warn(text, stacklevel=2)
                 continue
-            return found if known == file else _compared(found, known, function, rows, arguments)
+            if known != file:
+                found = _compared(found, known, function, rows, arguments)
+            return found
         found = function(rows, *arguments)
         packed.pack(found, file, source=models[0].source if models else "")
         return found

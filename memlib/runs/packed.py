@@ -1,8 +1,8 @@
 """Traces that come with the book: each one file, packed small, unpacked into the cache.
 
 A file is a ZIP of `about.json` and one LZMA stream for each variable. Of what is symmetric the
-lower half is kept, scalar products, which are subtracted from each other, with 36 bits of mantissa,
-7e-12 of a number, and distances with 32.
+lower half is kept: scalar products, as differences from the step before, with 32 bits of mantissa
+(1e-10 of a number: they are subtracted from each other), and distances with 24.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def pack(trace: xr.Dataset, file: Path, **about) -> None:
         for name, v in variables.items():
             values, delta = v.values, []
             if _symmetric(v.dims):
-                values = values[..., *np.tril_indices(v.shape[-1])]
-            if cut := {"gram": 52 - 36, "seed_distance": 52 - 32}.get(name):
-                bits = values.view(np.int64) + (1 << (cut - 1))
-                values = (bits & -(1 << cut)).view(np.float64)
+                values = np.moveaxis(values[..., *np.tril_indices(v.shape[-1])], -1, 0).copy()
+            if cut := {"gram": 52 - 32, "seed_distance": 52 - 24}.get(name):
+                bits = (values.view(np.int64) + (1 << (cut - 1))) & -(1 << cut)
+                values = np.diff(bits, axis=_steps(v.dims), prepend=0)
             if name == "image" and (row := v.shape[-2] * v.shape[-1]) <= 256:  # less the row above
                 delta = [{"id": lzma.FILTER_DELTA, "dist": row}]
             filters = [*delta, {"id": lzma.FILTER_LZMA2, "preset": 9}]
@@ -60,12 +60,14 @@ def unpack(file: Path) -> dict[str, xr.Variable]:
         for name, (dims, shape, dtype, attrs) in read_about(file)["variables"].items():
             side, dtype = shape[-1], np.dtype(dtype)
             half = np.tril_indices(side) if _symmetric(dims) else None
-            kept = shape if half is None else [*shape[:-2], len(half[0])]
+            kept = shape if half is None else [len(half[0]), *shape[:-2]]
             data = np.frombuffer(lzma.decompress(packed.read(name)), np.uint8)
             data = np.moveaxis(data.reshape(dtype.itemsize, *kept), 0, -1)
             values = np.ascontiguousarray(data).view(dtype)[..., 0]
+            if name in ("gram", "seed_distance"):
+                values = np.cumsum(values.view(np.int64), _steps(dims)).view(dtype)
             if half is not None:
-                whole_ = np.empty(shape, dtype)
+                values, whole_ = np.moveaxis(values, 0, -1), np.empty(shape, dtype)
                 whole_[..., *half] = whole_[..., half[1], half[0]] = values
                 values = whole_
             found[name] = xr.Variable(dims, values, attrs)
@@ -84,6 +86,11 @@ def put_in(file: Path, run: Run, identity: dict, rows: list[dict], seeds: list[i
 
 def _symmetric(dims) -> bool:
     return len(dims) > 2 and dims[-1] == f"{dims[-2]}_"
+
+
+def _steps(dims) -> int:
+    """The axis of steps, where that of the numbers of a lower half comes first; it, if no other."""
+    return dims.index("step") + 1 if "step" in dims else 0
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:
