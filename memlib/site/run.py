@@ -74,8 +74,7 @@ def run_these(todo: dict[str, str], build: Path, chapters: dict, chosen: dict) -
         return
     print(f"{len(todo)} chapters, {workers} at once", flush=True)
     pool = ThreadPoolExecutor(workers)
-    ends = list(todo)  # from both ends: the first chapters share traces, one would wait for another
-    order = [ends.pop(0 if n % 2 == 0 else -1) for n in range(len(ends))]
+    order = sorted(todo, key=lambda name: records(chapters[name]))
     futures = {pool.submit(run_one, name, max(1, cores // workers)): name for name in order}
     try:
         for future in as_completed(futures):
@@ -93,6 +92,11 @@ def run_these(todo: dict[str, str], build: Path, chapters: dict, chosen: dict) -
         raise
     finally:
         pool.shutdown()
+
+
+def records(chapter: NotebookNode) -> bool:
+    """Whether a chapter records traces; those that share one would wait for each other."""
+    return any(".cached(" in cell.source for cell in code_cells(chapter))
 
 
 def changed(root: Path, build: Path, chapters: dict, chosen: dict, fresh: bool) -> dict[str, str]:
