@@ -15,7 +15,7 @@ from memlib.runs import cache
 PACKAGE = ROOT / "memlib"
 ROOMS = ("core", "hub", "runs", "site", "bench", "cli")  # each may import those before it
 MADE_IN_HUB = ("hub/sscd.py", "hub/accelerated.py")  # scores, and half precision
-CORE_LINES, TOTAL_LINES, LOOP_LINES = 1760, 7075, 60
+CORE_LINES, TOTAL_LINES, LOOP_LINES = 1760, 7245, 60
 
 
 def name_of(file: Path) -> str:

@@ -9,6 +9,7 @@ random numbers of their own. Whether there are enough is seen by leaving out som
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 
@@ -16,11 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from memlib.hub.files import code
+from memlib.lab import scenes
 from memlib.lab.scenes import Row, render, world
 from memlib.lab.train import encode, pixels, rng_for
 from memlib.models import DiffusersModel, ExactModel
-from memlib.paths import ROOT
 
 
 def draw(rows: list[Row], model: DiffusersModel, seed: int = 0) -> torch.Tensor:
@@ -28,8 +28,8 @@ def draw(rows: list[Row], model: DiffusersModel, seed: int = 0) -> torch.Tensor:
     latents = []
     for n in tqdm(range(0, len(rows), 32), desc="scenes", disable=None):
         part = rows[n : n + 32]
-        scenes = [render(row.draw(rng_for("law", seed, n + i))) for i, row in enumerate(part)]
-        latents.append(encode(model.vae, pixels(scenes), model.vae.config.scaling_factor))
+        pictures = [render(row.draw(rng_for("law", seed, n + i))) for i, row in enumerate(part)]
+        latents.append(encode(model.vae, pixels(pictures), model.vae.config.scaling_factor))
     return torch.cat(latents)
 
 
@@ -53,7 +53,7 @@ def training_law(
     captions = [row.caption for row in rows]
     law = ExactModel(draw(rows, model, seed), captions, counts, model.scheduler_config, model)
     # By what made it: encoded pictures differ in their last bits from machine to machine.
-    drawn_by = [code(ROOT / f"memlib/lab/{name}.py") for name in ("scenes", "law")]
+    drawn_by = [inspect.getsource(part) for part in (scenes, draw, training_law)]
     recipe = [model.fingerprint, dict(draws), seed, *drawn_by]
     law.fingerprint = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     return law, np.array([row.kind for row in rows])
