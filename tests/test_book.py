@@ -3,11 +3,14 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from filelock import FileLock
 
@@ -413,3 +416,30 @@ def test_another_model_brings_its_list():
     assert chosen["loss"] == {"model": "owner/name"}
     chosen = chapters.choose(defaults, "full", {}, "", "exact")
     assert chosen["lab"] == {"model": "exact"}
+
+
+def test_ctrl_c_stops_all_chapters_at_once(root):
+    """Two chapters that sleep are beside each other; what was made before stays."""
+    execute(root)
+    kept = outputs(root, "one")
+    for name, text in {"one": ONE, "two": TWO}.items():
+        waits = f"import os, pathlib, time\npathlib.Path('{root}/{name}.pid').write_text("
+        waits += "str(os.getpid()))\ntime.sleep(120)"
+        (root / f"book/{name}.md").write_text(text + CELL.format(waits))
+    code = f"import memlib.cli.book as b, pathlib, sys; b.ROOT = pathlib.Path('{root}'); "
+    code += "from memlib import cli; sys.exit(cli.main(['book']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    files = [root / f"{name}.pid" for name in ("one", "two")]
+    deadline = time.monotonic() + 90
+    while not all(f.exists() and f.read_text() for f in files) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    pids = [int(f.read_text()) for f in files]
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in errors
+    gone = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < gone:
+        time.sleep(0.2)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert outputs(root, "one") == kept
