@@ -15,6 +15,7 @@ from memlib.errors import warn_renamed
 PLACES = {
     "findings": "deviations image_error mean_seed_distance noise_loss overestimation "
     "reference_weights weights x0_hat",
+    "detection.detect": "detect",
     "gram": "cosine inner norm",
     "hub.loading": "load training_step",
     "hub.manifests": "load_pairs",

@@ -73,6 +73,22 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=positive, help="of each worker; the cores are divided by default")
 
     add = command(
+        "detect", "memlib.cli.detect",
+        "Which prompts of a list are memorized, from the first call; needs no images and no truth.",
+    )  # fmt: skip
+    add("--model", default="lab", help=NAMES)
+    add("--revision", help="of a Hub model, instead of the pinned one")
+    add("--prompts", help=f"{LISTS}; by default the model's own")
+    add("--calibrate", help="a list of captions that are not memorized, to compare with")
+    add("--statistic", default="detail", help="see memlib.detection.statistics")
+    add("--seeds", type=positive, default=1, help="noises for each prompt")
+    add("--rate", type=float, default=0.01, help="of false alarms")
+    add("--batch-size", type=positive, default=16, help="of captions")
+    add("--out", type=Path, help="CSV file of all prompts; stopped, it goes on where it was")
+    add("--device", help="cuda, cuda:1, cpu; a GPU by default")
+    add("--dtype", help="of the U-Net: float16, bfloat16 or float32")
+
+    add = command(
         "verify", "memlib.cli.verify",
         "Compare recorded runs with their checksums; without an address, all that the book made.",
     )  # fmt: skip

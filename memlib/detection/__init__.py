@@ -1,0 +1,1 @@
+"""Which prompts are memorized, told from the first calls of the network."""
