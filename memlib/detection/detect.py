@@ -43,12 +43,12 @@ def first_calls(
     generators = [torch.Generator().manual_seed(n) for n in range(seeds)]
     noises = randn_tensor((seeds, *model.latent_shape), generators, model.device, model.dtype)
     x = noises.expand(count, *noises.shape)
-    cond, uncond = (part.repeat_interleave(seeds, 0) for part in model.encode_text(list(captions)))
+    cond, uncond = model.encode_text(list(captions))
 
     def predicted(x: torch.Tensor, timestep: int, text: torch.Tensor) -> torch.Tensor:
         flat, t = x.flatten(0, 1), torch.tensor(timestep, device=model.device)
         with torch.no_grad():
-            out = model.predict(flat, t, text)
+            out = model.predict(flat, t, text.repeat_interleave(x.shape[1], 0))
             found = model.to_epsilon(out, flat, levels[timestep].to(flat)).reshape(x.shape)
         if not found.isfinite().all():
             raise FloatingPointError(f"a prediction of {model.source} is not finite")

@@ -113,6 +113,12 @@ def blurred(x: torch.Tensor) -> torch.Tensor:
     return large[..., : x.shape[-2], : x.shape[-1]].reshape(x.shape)
 
 
+def auroc(memorized: np.ndarray, others: np.ndarray, axis: int = -1) -> np.ndarray:
+    """The probability that a memorized prompt scores more than another; ties count one half."""
+    x, y = np.moveaxis(memorized, axis, -1)[..., None], np.moveaxis(others, axis, -1)[..., None, :]
+    return 0.5 * ((x > y).mean((-2, -1)) + (x >= y).mean((-2, -1)))
+
+
 @dataclass(frozen=True)
 class Statistic:
     """A function of `Calls`; costs are calls of the network for each caption and seed.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import dis
 import hashlib
 import inspect
 import json
 import os
+import sys
 import textwrap
 import types
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,6 +23,7 @@ import xarray as xr
 from filelock import FileLock
 
 from memlib.errors import first_line
+from memlib.hub.files import code
 from memlib.paths import TRACES, cache_folder
 from memlib.runs import packed
 from memlib.runs.cache import made_by
@@ -34,7 +38,8 @@ def kept(function: Callable[..., xr.Dataset], rows: pd.DataFrame, *arguments) ->
 
     For experiments that are no traces. The result is known by the source of `function` and of
     all that it uses of the chapter, by the weights of the models among its arguments, by the
-    prompts and the bytes of their images: a change of any computes anew. Results that come with
+    prompts and the bytes of their images: a change of any computes anew, and so does one of a
+    module of this package whose functions it names, or of what samples. Results that come with
     the book, in ``data/traces``, are taken whatever has become of the package's code, unless
     MEMLIB_FRESH is set; 2 % of their rows are computed again.
 
@@ -57,10 +62,15 @@ def kept(function: Callable[..., xr.Dataset], rows: pd.DataFrame, *arguments) ->
     TypeError
         An argument, or what `function` uses, cannot be told from others of its kind.
     """
-    models: list = []
-    words = json.dumps([_said(function, models), prompt_rows(rows), _said(arguments, models)])
+    met: list = []  # models, and modules of this package
+    words = json.dumps([_said(function, met), prompt_rows(rows), _said(arguments, met)])
     name = f"kept-{function.__name__}-{hashlib.sha256(words.encode()).hexdigest()[:20]}"
-    file = cache_folder() / f"{name}-{made_by(models[0]) if models else 'any'}.zip"
+    models = [m for m in met if not isinstance(m, str)]
+    by = [made_by(model) for model in models[:1]]
+    by += [
+        code(Path(sys.modules[m].__file__)) for m in sorted({m for m in met if isinstance(m, str)})
+    ]
+    file = cache_folder() / f"{name}-{hashlib.sha256(json.dumps(by).encode()).hexdigest()[:12]}.zip"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
         shipped = [] if os.environ.get("MEMLIB_FRESH") else [TRACES / f"{name}.zip"]
@@ -98,35 +108,40 @@ def _compared(found: xr.Dataset, file, function, rows, arguments) -> xr.Dataset:
     return found.assign_attrs(again=len(again), largest=largest)
 
 
-def _said(value, models: list, seen: dict | None = None):
-    """A value as JSON that is the same wherever the chapter runs; models are gathered."""
+def _said(value, met: list, seen: dict | None = None):
+    """A value as JSON that is the same wherever the chapter runs; what it meets is gathered."""
     seen = {} if seen is None else seen
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float | np.floating):
         return f"{value:.6g}"
     if isinstance(value, np.ndarray | np.generic | torch.Tensor):
-        return _said(value.tolist(), models, seen)
+        return _said(value.tolist(), met, seen)
     if isinstance(value, list | tuple):
-        return [_said(v, models, seen) for v in value]
+        return [_said(v, met, seen) for v in value]
     if isinstance(value, dict):
-        return [[_said(k, models, seen), _said(v, models, seen)] for k, v in value.items()]
+        return [[_said(k, met, seen), _said(v, met, seen)] for k, v in value.items()]
     if isinstance(value, pd.DataFrame):
         return prompt_rows(value)
     if hasattr(value, "fingerprint"):
-        models.append(value)
+        met.append(value)
         return ["model", value.fingerprint]
     if isinstance(value, types.ModuleType):
         return value.__name__
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return [type(value).__name__, _said(fields, met, seen)]
     value = inspect.unwrap(value)  # of functools.cache
     if isinstance(value, type | types.FunctionType):
-        return _source(value, models, seen)
+        return _source(value, met, seen)
     raise TypeError(f"a result cannot be kept by a {type(value).__name__}")
 
 
-def _source(thing, models: list, seen: dict):
+def _source(thing, met: list, seen: dict):
     """A function or class: its name, and, if it is the chapter's, its source and all it uses."""
     if thing.__module__ != "__main__":
+        if thing.__module__.startswith("memlib."):
+            met.append(thing.__module__)
         return f"{thing.__module__}.{thing.__qualname__}"
     if id(thing) in seen:
         return seen[id(thing)]
@@ -143,7 +158,7 @@ def _source(thing, models: list, seen: dict):
         used |= {f"default {n}": v for n, v in enumerate(function.__defaults__ or ())}
     # Of a class its methods: Python finds no source of a class of a notebook.
     sources = [ast.dump(ast.parse(textwrap.dedent(inspect.getsource(f)))) for f in functions]
-    parts = [[name, _said(used[name], models, seen)] for name in sorted(used)]
+    parts = [[name, _said(used[name], met, seen)] for name in sorted(used)]
     digest = hashlib.sha256("".join(sources).encode()).hexdigest()
     seen[id(thing)] = [thing.__qualname__, digest, parts]
     return seen[id(thing)]

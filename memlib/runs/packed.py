@@ -2,7 +2,8 @@
 
 A file is a ZIP of `about.json` and one LZMA stream for each variable. Of what is symmetric the
 lower half is kept: scalar products, as differences from the step before, with 32 bits of mantissa
-(1e-10 of a number: they are subtracted from each other), and distances with 24.
+(1e-10 of a number: they are subtracted from each other), and distances with 24. Those of noised
+images, which are few, are kept whole.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ def pack(trace: xr.Dataset, file: Path, **about) -> None:
             values, delta = v.values, []
             if _symmetric(v.dims):
                 values = np.moveaxis(values[..., *np.tril_indices(v.shape[-1])], -1, 0).copy()
-            if cut := {"gram": 52 - 32, "seed_distance": 52 - 24}.get(name):
+            cut = {"gram": 52 - 32, "seed_distance": 52 - 24}.get(name)
+            if cut and "step" in v.dims:
                 bits = (values.view(np.int64) + (1 << (cut - 1))) & -(1 << cut)
-                values = np.diff(bits, axis=_steps(v.dims), prepend=0)
+                values = np.diff(bits, axis=v.dims.index("step") + 1, prepend=0)
             if name == "image" and (row := v.shape[-2] * v.shape[-1]) <= 256:  # less the row above
                 delta = [{"id": lzma.FILTER_DELTA, "dist": row}]
             filters = [*delta, {"id": lzma.FILTER_LZMA2, "preset": 9}]
@@ -64,8 +66,9 @@ def unpack(file: Path) -> dict[str, xr.Variable]:
             data = np.frombuffer(lzma.decompress(packed.read(name)), np.uint8)
             data = np.moveaxis(data.reshape(dtype.itemsize, *kept), 0, -1)
             values = np.ascontiguousarray(data).view(dtype)[..., 0]
-            if name in ("gram", "seed_distance"):
-                values = np.cumsum(values.view(np.int64), _steps(dims)).view(dtype)
+            if name in ("gram", "seed_distance") and "step" in dims:
+                steps = dims.index("step") + 1
+                values = np.cumsum(values.view(np.int64), steps).view(dtype)
             if half is not None:
                 values, whole_ = np.moveaxis(values, 0, -1), np.empty(shape, dtype)
                 whole_[..., *half] = whole_[..., half[1], half[0]] = values
@@ -86,11 +89,6 @@ def put_in(file: Path, run: Run, identity: dict, rows: list[dict], seeds: list[i
 
 def _symmetric(dims) -> bool:
     return len(dims) > 2 and dims[-1] == f"{dims[-2]}_"
-
-
-def _steps(dims) -> int:
-    """The axis of steps, where that of the numbers of a lower half comes first; it, if no other."""
-    return dims.index("step") + 1 if "step" in dims else 0
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:
