@@ -30,7 +30,9 @@ from memlib.runs.cache import made_by
 from memlib.runs.store import StoreError, prompt_rows
 
 SHARE = 0.02  # of the rows of a result that comes with the book, computed again
-TOLERANCE = 0.02  # of the largest number of each variable
+# Of the largest number of each variable. A grey level that rounds otherwise moves SSCD, whose weights
+# are int8, by up to 0.01; all else repeats to 1e-5.
+TOLERANCE = 0.05
 
 
 def kept(function: Callable[..., xr.Dataset], rows: pd.DataFrame, *arguments) -> xr.Dataset:
