@@ -30,8 +30,8 @@ from memlib.runs.cache import made_by
 from memlib.runs.store import StoreError, prompt_rows
 
 SHARE = 0.02  # of the rows of a result that comes with the book, computed again
-# Of the largest number of each variable. A grey level that rounds otherwise moves SSCD, whose weights
-# are int8, by up to 0.01; all else repeats to 1e-5.
+# Of the largest number of each variable. A grey level that rounds otherwise moves SSCD, which is
+# int8, by up to 0.01; all else repeats to 1e-5.
 TOLERANCE = 0.05
 
 
@@ -141,6 +141,8 @@ def _said(value, met: list, seen: dict | None = None):
 
 def _source(thing, met: list, seen: dict):
     """A function or class: its name, and, if it is the chapter's, its source and all it uses."""
+    if thing.__module__ is None:
+        raise TypeError(f"a result cannot be kept by {thing.__qualname__}: it is of no module")
     if thing.__module__ != "__main__":
         if thing.__module__.startswith("memlib."):
             met.append(thing.__module__)
