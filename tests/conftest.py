@@ -23,6 +23,12 @@ from memlib import measures
 from memlib.hub import lists, sscd
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: at the end one worker would wait for the other."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module")
 def lab():
     return memlib.load("lab")
