@@ -538,7 +538,6 @@ def test_a_killed_download_goes_on(hub):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_book_travels(hub, tmp_path):
     """Chapters on a model of the Hub; then once more on a machine without its weights."""
     pairs = memlib.load_pairs("lab").query("kind in ('template', 'control')")
