@@ -192,6 +192,7 @@ def test_a_stopped_run_goes_on(lab, tmp_path, monkeypatch):
     (dict(prompts=["a cat", " "]), "prompt 2 is empty"),
     (dict(prompts=["a cat"]), "1 prompts are too few to be compared with each other"),
     (dict(prompts=["a cat"], calibrate=["a dog"] * 98), "98 captions to calibrate with tell no"),
+    (dict(prompts=["a cat"] * 20, rate=0.0), "lies between 0 and 1, not at 0"),
     (dict(prompts=["a cat"], statistic="detial"), "did you mean 'detail'"),
     (dict(prompts=["a cat"], statistic="agreement"), "agreement compares seeds: it needs 2"),
 ])  # fmt: skip

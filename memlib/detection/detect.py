@@ -99,14 +99,16 @@ def detect(
     Raises
     ------
     ValueError
-        An unknown statistic, no prompts, an empty one, too few to compare with, too few seeds, a
-        file of other settings.
+        An unknown statistic, a rate that is none, no prompts, an empty one, too few to compare
+        with, too few seeds, a file of other settings.
     """
     known = STATISTICS.get(statistic)
     if known is None:
         raise ValueError(f"unknown statistic {statistic!r}{nearest(statistic, STATISTICS)}")
     if seeds < known.seeds:
         raise ValueError(f"{statistic} compares seeds: it needs {known.seeds} or more")
+    if not 0 < rate < 1:
+        raise ValueError(f"a rate of false alarms lies between 0 and 1, not at {rate:g}")
     table, null = _table(prompts), None if calibrate is None else _table(calibrate)
     if null is not None and len(null) < 1 / rate - 1:
         raise ValueError(
