@@ -19,17 +19,19 @@ from tqdm import tqdm
 
 from memlib.lab import scenes
 from memlib.lab.scenes import Row, render, world
-from memlib.lab.train import encode, pixels, rng_for
+from memlib.lab.train import pixels, rng_for
 from memlib.models import DiffusersModel, ExactModel
 
 
 def draw(rows: list[Row], model: DiffusersModel, seed: int = 0) -> torch.Tensor:
     """Latents of a new scene for each row, float32 [row, channel, height, width]."""
     latents = []
-    for n in tqdm(range(0, len(rows), 32), desc="scenes", disable=None):
-        part = rows[n : n + 32]
+    for n in tqdm(range(0, len(rows), 8), desc="scenes", disable=None):
+        part = rows[n : n + 8]
         pictures = [render(row.draw(rng_for("law", seed, n + i))) for i, row in enumerate(part)]
-        latents.append(encode(model.vae, pixels(pictures), model.vae.config.scaling_factor))
+        with torch.no_grad():
+            x = model.vae.encode(pixels(pictures).to(model.vae.device)).latent_dist.mode()
+        latents.append(x.cpu() * model.vae.config.scaling_factor)
     return torch.cat(latents)
 
 
