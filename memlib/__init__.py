@@ -20,6 +20,7 @@ PLACES = {
     "hub.loading": "load training_step",
     "hub.manifests": "load_pairs",
     "hub.sscd": "similarity",  # of `measures`, with the official networks among them
+    "mitigation.guard": "guard",
     "models": "ExactModel",
     "runs.cache": "cached",
     "runs.store": "open_run verify",

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LAB, REDRAWN, CONFIGS = (ROOT / "data" / name for name in ("lab", "redrawn", "configs"))
 BENCH, TRAININGS = (ROOT / "data" / name for name in ("bench.json", "trainings.csv"))
-TRACES = ROOT / "data" / "traces"
+TRACES, JUDGE = ROOT / "data" / "traces", ROOT / "data" / "judge.safetensors"
 
 
 def cache_folder() -> Path:

@@ -17,13 +17,14 @@ ROOMS = (
     "core",
     "hub",
     "detection",
+    "mitigation",
     "runs",
     "site",
     "bench",
     "cli",
 )  # each may import those before it
 MADE_IN_HUB = ("hub/sscd.py", "hub/accelerated.py")  # scores, and half precision
-METHODS, METHOD_LINES = ("detection",), 900
+METHODS, METHOD_LINES = ("detection", "mitigation"), 900
 CORE_LINES, TOTAL_LINES, LOOP_LINES = 1760, 7350, 60
 
 
