@@ -27,10 +27,10 @@ WRAPPED = ("encode_prompt", "prepare_latents", "maybe_free_model_hooks")  # of a
 
 
 def guard(
-    pipe: StableDiffusionPipeline,
+    pipe,
     calibrate: Sequence[str] | None = None,
     method: Method | None = DEFAULT,
-    threshold: float | None = None,
+    threshold: int | float | None = None,
     statistic: str = "detail",
     rate: float = RATE,
 ) -> Guard:
@@ -43,7 +43,7 @@ def guard(
 
     Parameters
     ----------
-    pipe : it is changed in place, until `Guard.remove`.
+    pipe : a `StableDiffusionPipeline`; it is changed in place, until `Guard.remove`.
     calibrate : captions of which none is memorized; an image is flagged if at most `rate` of them
         score as much. They are asked once for each first timestep and size of picture, one call
         each (`memlib.detect` says more). Their words are those that `smoothed` puts in.
@@ -178,9 +178,10 @@ class Guard:
 
     def _after(self, unet, args, kwargs, output):
         """The first call is looked at; guidance is replaced for flagged images."""
-        run, guided = self._run, self.pipe.do_classifier_free_guidance
+        run = self._run
         if run is None or self._asking:
             return None
+        guided = self.pipe.do_classifier_free_guidance
         out = first = output[0] if isinstance(output, tuple) else output.sample
         if run.flagged is None:
             out = self._first(unet, args, kwargs, out, guided)
@@ -226,7 +227,9 @@ class Guard:
                 warnings.warn("without guidance there is no scale to change", stacklevel=2)
         for i, one in enumerate(flagged):
             what = (" and ".join(done) or "–", run.calls) if one else ("–", 0)
-            self._rows.append((run.prompts and run.prompts[i], score[i], alarms[i], one, *what))
+            self._rows.append(
+                (run.prompts[i] if run.prompts else "", score[i], alarms[i], one, *what)
+            )
         return out
 
     def _step(self, args, out, guided) -> Step:

@@ -23,12 +23,12 @@ VARIANTS = 64  # of each caption
 class Step:
     """One update, as a schedule sees it; tensors are [image, channel, height, width]."""
 
-    timestep: float  # of the training schedule, from about 1000 down to 0
+    timestep: int | float  # of the training schedule, from about 1000 down to 0
     x: torch.Tensor
     alpha_bar: float
-    eps_uncond: torch.Tensor
+    eps_uncond: torch.Tensor | None  # None in a run without guidance
     eps_cond: torch.Tensor
-    scale: float  # of guidance, as the pipeline was asked for
+    scale: int | float  # of guidance, as the pipeline was asked for
     kept: dict = field(default_factory=dict)  # for whatever must last through one run
 
     @property
@@ -68,17 +68,17 @@ class Method:
 # --------------------------------------------------------------------------- guidance as a schedule
 
 
-def static(until: float = 700) -> Method:
+def static(until: int | float = 700) -> Method:
     """No guidance in the first steps (Jain et al. 2025, with a fixed transition)."""
     return opposite(0.0, until)
 
 
-def opposite(scale: float = -2.0, until: float = 650) -> Method:
+def opposite(scale: int | float = -2.0, until: int | float = 650) -> Method:
     """Guidance away from the caption in the first steps (Jain et al. 2025)."""
     return Method(lambda step: scale if step.timestep > until else step.scale)
 
 
-def interval(low: float = 200, high: float = 700) -> Method:
+def interval(low: int | float = 200, high: int | float = 700) -> Method:
     """Guidance between two timesteps alone (Kynkäänniemi et al. 2024); 1, not 0, outside."""
     return Method(lambda step: step.scale if low < step.timestep <= high else 1.0)
 
@@ -96,7 +96,7 @@ def dynamic() -> Method:
     return Method(scale)
 
 
-def capped(most: float = 1.2) -> Method:
+def capped(most: int | float = 1.2) -> Method:
     r"""Guidance no stronger than keeps the guided estimate $\hat x_0$ within its own caption's.
 
     With $k_\varnothing=\langle\hat x_{0,\varnothing},\hat x_{0,c}\rangle/\|\hat x_{0,c}\|^2$ the
@@ -120,7 +120,7 @@ def capped(most: float = 1.2) -> Method:
 # ----------------------------------------------------------------------------- another condition
 
 
-def noised(sigma: float = 0.3, seed: int = 0) -> Method:
+def noised(sigma: int | float = 0.3, seed: int = 0) -> Method:
     """Gaussian noise on the embedding, in units of its own spread (Somepalli et al. 2023)."""
 
     def embed(request: Request):
@@ -130,14 +130,16 @@ def noised(sigma: float = 0.3, seed: int = 0) -> Method:
     return Method(embed=embed)
 
 
-def annealed(sigma: float = 0.25, low: float = 600, high: float = 900, seed: int = 0) -> Method:
+def annealed(
+    sigma: int | float = 0.25, low: int | float = 600, high: int | float = 900, seed: int = 0
+) -> Method:
     r"""CADS (Sadat et al. 2024): $\sqrt\gamma\,c+\sigma\sqrt{1-\gamma}\,n$, rescaled.
 
     $\gamma$ falls linearly from 1 at timestep `low` to 0 at `high`; mean and spread of the
     embedding are restored, as the paper does with $\psi=1$.
     """
 
-    def vary(cond: torch.Tensor, timestep: float):
+    def vary(cond: torch.Tensor, timestep: int | float):
         gamma = float(np.clip((high - timestep) / (high - low), 0, 1))
         noise = _noise(cond, seed, round(timestep))
         new = gamma**0.5 * cond + sigma * (1 - gamma) ** 0.5 * noise
@@ -167,7 +169,10 @@ def more_words(count: int = 2, seed: int = 0) -> Method:
 
 
 def optimized(
-    statistic: str = "magnitude", target: float = 2.0, rate: float = 0.05, most: int = 10
+    statistic: str = "magnitude",
+    target: int | float = 2.0,
+    rate: int | float = 0.05,
+    most: int = 10,
 ) -> Method:
     """The embedding moved by AdamW until a statistic of the first call is under a target.
 
@@ -201,7 +206,9 @@ def optimized(
     return Method(embed=embed)
 
 
-def smoothed(replaced: float | None = None, variants: int = VARIANTS, seed: int = 0) -> Method:
+def smoothed(
+    replaced: int | float | None = None, variants: int = VARIANTS, seed: int = 0
+) -> Method:
     """Each word's embedding averaged over captions in which others are replaced (ours).
 
     A memory hangs on a caption as a whole; what a word means does not. Of `variants` captions in
@@ -247,7 +254,7 @@ def both(first: Method, second: Method) -> Method:
     return Method(**parts)
 
 
-def late_and_smoothed(until: float = 700, replaced: float | None = None) -> Method:
+def late_and_smoothed(until: int | float = 700, replaced: int | float | None = None) -> Method:
     """`smoothed` captions, and no guidance in the first steps; what `memlib.guard` does."""
     return both(static(until), smoothed(replaced))
 

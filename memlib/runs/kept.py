@@ -129,6 +129,7 @@ def _said(value, met: list, seen: dict | None = None):
         met.append(value)
         return ["model", value.fingerprint]
     if isinstance(value, types.ModuleType):
+        met += [value.__name__] * value.__name__.startswith("memlib.")
         return value.__name__
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
@@ -144,6 +145,8 @@ def _source(thing, met: list, seen: dict):
     if thing.__module__ is None:
         raise TypeError(f"a result cannot be kept by {thing.__qualname__}: it is of no module")
     if thing.__module__ != "__main__":
+        if getattr(thing, "__closure__", None):
+            raise TypeError(f"a result cannot be kept by {thing.__qualname__}: it holds values")
         if thing.__module__.startswith("memlib."):
             met.append(thing.__module__)
         return f"{thing.__module__}.{thing.__qualname__}"
