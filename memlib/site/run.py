@@ -74,7 +74,7 @@ def run_these(todo: dict[str, str], build: Path, chapters: dict, chosen: dict) -
         return
     print(f"{len(todo)} chapters, {workers} at once", flush=True)
     pool = ThreadPoolExecutor(workers)
-    order = sorted(todo, key=lambda name: records(chapters[name]))
+    order = sorted(todo, key=lambda name: (records(chapters[name]), -len(str(chapters[name]))))
     futures = {pool.submit(run_one, name, max(1, cores // workers)): name for name in order}
     try:
         for future in as_completed(futures):
