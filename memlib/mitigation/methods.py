@@ -1,7 +1,7 @@
 """What can be done about a prompt that is memorized: other guidance, another condition.
 
 A `Method` says how strong guidance is at each step, what the caption's embedding is replaced by,
-or both; `memlib.guard` applies it to a pipeline. `METHODS` names them with what they cost.
+or both; `memlib.guard` applies it to a pipeline.
 """
 
 from __future__ import annotations
@@ -252,6 +252,11 @@ def both(first: Method, second: Method) -> Method:
     """Two methods at once: of each part, the first one's where it has one."""
     parts = {n: getattr(first, n) or getattr(second, n) for n in ("scale", "embed", "vary")}
     return Method(**parts)
+
+
+def late(name: str, until: int | float = 700, **options) -> Method:
+    """Another condition, by the name of its function here, with `static` guidance."""
+    return both(static(until), globals()[name](**options))
 
 
 def late_and_smoothed(until: int | float = 700, replaced: int | float | None = None) -> Method:
