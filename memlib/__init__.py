@@ -2,9 +2,8 @@
 
 A model (`load`) and prompts (`load_pairs`) make a trace (`reverse_trace`: `sampler`'s loop, whose
 vectors become inner products in `trace`), and everything else is read off it (`gram`, `findings`,
-`measures`, `claims`, `plot`). Four rooms do the rest: `hub` brings models, lists and pictures,
-`runs` records traces on disk, `site` makes the book, `cli` has the commands.
-
+`measures`, `claims`, `plot`). Rooms do the rest: `hub` brings models, lists and pictures, `runs`
+records traces, `site` makes the book, `cli` has the commands, `detection` and `mitigation` use it.
 A name is loaded when it is first used: what needs no torch does not wait for it.
 """
 
