@@ -1,5 +1,7 @@
 """Mitigation: closed forms of the methods, and what a guard may and may not change."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,7 @@ def request(
         "first": Calls(x, 981, 0.01, x, x, None),
         "predict": lambda text: text,
         "statistic": statistics.detail,
+        "places": list(range(len(tokens))),
     } | options
     cond = read(tokens) if cond is None else cond
     words, special = torch.arange(1, 8), torch.tensor([8, 9])
@@ -154,8 +157,8 @@ def test_noise_has_the_size_that_is_asked_for():
     moved = methods.noised(0.3).embed(asked) - asked.cond
     assert float(moved.std()) == pytest.approx(0.3 * float(asked.cond[0].std()), rel=0.02)
     vary = methods.annealed(0.25, 600, 900).vary
-    torch.testing.assert_close(vary(asked.cond, 500.0), asked.cond)
-    late = vary(asked.cond, 950.0)
+    torch.testing.assert_close(vary(asked.cond, 500.0, asked.places), asked.cond)
+    late = vary(asked.cond, 950.0, asked.places)
     torch.testing.assert_close(late.std((1, 2)), asked.cond.std((1, 2)))
     ours, theirs = (v[0] - v[0].mean() for v in (late, asked.cond))
     assert abs(float((ours * theirs).sum() / ours.norm() / theirs.norm())) < 0.4  # noise alone
@@ -363,6 +366,47 @@ def test_the_network_may_be_asked_directly(pipe, lab):
     assert len(watch.log) == 2
 
 
+class StoppedError(Exception):
+    """What a user's Ctrl-C or a callback may raise in the middle of a run."""
+
+
+def test_a_stopped_run_leaves_nothing_behind(pipe, lab):
+    x = torch.randn(2, *lab.latent_shape, generator=torch.Generator().manual_seed(0))
+    text = pipe.encode_prompt([MEMORIZED, OTHER], "cpu", 1, False)[0]
+    want = pipe.unet(x, 500, encoder_hidden_states=text).sample
+
+    def stop(*_):
+        raise StoppedError
+
+    with memlib.guard(pipe, NULL):
+        with pytest.raises(StoppedError):
+            made(pipe, callback_on_step_end=stop)
+        pipe.prepare_latents(1, 8, 64, 64, torch.float32, "cpu", None)  # somebody's own loop
+        assert torch.equal(pipe.unet(x, 500, encoder_hidden_states=text).sample, want)
+
+
+def test_a_run_within_a_run(pipe):
+    with memlib.guard(pipe, NULL) as watch:
+        want = made(pipe, [MEMORIZED])
+
+        def another(pipe, i, t, values):
+            if i == 0 and len(watch.log) == 2:
+                made(pipe, [OTHER])
+            return values
+
+        found = made(pipe, [MEMORIZED], callback_on_step_end=another)
+    assert watch.log.prompt.tolist() == [MEMORIZED, MEMORIZED, OTHER]
+    assert torch.equal(found, want)
+
+
+def test_what_is_drawn_hangs_on_the_place_alone(pipe):
+    other = CAPTIONS["planted-128-1"]
+    with memlib.guard(pipe, NULL, methods.late("noised", sigma=0.3)) as watch:
+        found = [made(pipe, [first, MEMORIZED])[1] for first in (OTHER, other)]
+    assert watch.log.memorized.tolist() == [False, True, True, True]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
 def test_wrong_input_is_told_in_a_line(pipe, lab):
     other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     for wrong, say in ((other, "not StableDiffusionImg2Img"), (lab, r"\.pipe is one")):
@@ -373,15 +417,23 @@ def test_wrong_input_is_told_in_a_line(pipe, lab):
         ({"calibrate": NULL[:50]}, "50 captions .* give 99 or more"),
         ({"calibrate": NULL, "rate": 1.0}, "between 0 and 1"),
         ({"calibrate": NULL, "statistic": "detial"}, "did you mean 'detail'"),
-        ({"calibrate": NULL, "statistic": "sharpness"}, "more than one image's first call"),
-        ({"calibrate": NULL, "statistic": "agreement"}, "more than one image's first call"),
+        ({"calibrate": NULL, "statistic": "sharpness"}, "more than an image's first conditional"),
+        ({"calibrate": NULL, "statistic": "magnitude"}, "more than an image's first conditional"),
+        ({"calibrate": NULL, "statistic": "agreement"}, "more than an image's first conditional"),
     ):
         with pytest.raises(ValueError, match=say):
             memlib.guard(pipe, **options)
     with memlib.guard(pipe, NULL), pytest.raises(ValueError, match="guarded already"):
         memlib.guard(pipe, NULL)
-    with memlib.guard(pipe, NULL, statistic="magnitude"), pytest.raises(ValueError, match="branch"):
-        made(pipe, scale=1.0)
+    with memlib.guard(pipe, NULL):
+        for options, say in (
+            ({"clip_skip": 1}, "clip_skip"),
+            ({"ip_adapter_image": 1}, "image prompts"),
+        ):
+            with pytest.raises(ValueError, match=say):
+                made(pipe, **options)
+        with pytest.raises(TypeError, match="cannot be copied"):
+            copy.deepcopy(pipe)
     with memlib.guard(pipe, NULL):
         pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config)
         with pytest.raises(ValueError, match="was replaced"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import deque
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -23,7 +25,6 @@ from memlib.models import DiffusersModel
 DEFAULT = late_and_smoothed()
 LOGGED = 10_000  # images that the log remembers
 TOGETHER = 16  # captions in a call that calibrates
-WRAPPED = ("encode_prompt", "prepare_latents", "maybe_free_model_hooks")  # of a pipeline
 
 
 def guard(
@@ -39,7 +40,8 @@ def guard(
     Images that pass are made by the same calls as before and have the same bits. Images that are
     flagged get `method`; the pipeline's own guidance rescale does not apply to them. Works with
     any scheduler whose networks see states of unit variance (DDIM, PNDM, Euler, DPM++), batches,
-    callbacks and `torch.compile`. Not for several threads at once.
+    callbacks and `torch.compile`; embeddings that a callback replaces are ours in a flagged image.
+    Not for several threads at once. Guard again when weights have changed (LoRA).
 
     Parameters
     ----------
@@ -49,7 +51,8 @@ def guard(
         each (`memlib.detect` says more). Their words are those that `smoothed` puts in.
     method : what is done, as of `mitigation.methods`; None reports only.
     threshold : the score from which an image is flagged, instead of `calibrate`.
-    statistic : of `detection.statistics.STATISTICS`, one that the first call is enough for.
+    statistic : of `detection.statistics.STATISTICS`, one that the first conditional call is enough
+        for: it does not see a negative prompt.
     rate : of false alarms that is admitted.
 
     Returns
@@ -62,7 +65,8 @@ def guard(
         Not a `StableDiffusionPipeline`.
     ValueError
         A pipeline that is guarded already, or has no unconditional branch; no way to tell what is
-        flagged; too few captions for the rate; a statistic of more than the first call.
+        flagged; too few captions for the rate; a statistic of more calls. In a run: clip_skip, or
+        image prompts.
     """
     if not isinstance(pipe, StableDiffusionPipeline):
         own = " (its .pipe is one)" if hasattr(pipe, "pipe") else ""
@@ -79,8 +83,8 @@ def guard(
     known = STATISTICS.get(statistic)
     if known is None:
         raise ValueError(f"unknown statistic {statistic!r}{nearest(statistic, STATISTICS)}")
-    if known.first != known.cost or known.seeds > 1:
-        raise ValueError(f"{statistic} needs more than one image's first call")
+    if known.cost > 1 or known.seeds > 1:
+        raise ValueError(f"{statistic} needs more than an image's first conditional call")
     if not 0 < rate < 1:
         raise ValueError(f"a rate of false alarms lies between 0 and 1, not at {rate:g}")
     calibrate = list(dict.fromkeys(calibrate or ()))
@@ -97,9 +101,9 @@ class _Run:
     """What is known of the pictures that are being made."""
 
     prompts: list[str] | None  # one for each image; None where embeddings were given
-    clip_skip: int | None
     flagged: torch.Tensor | None = None  # [image]
     text: torch.Tensor | None = None  # embeddings of the flagged ones, [image, token, width]
+    places: list[int] = field(default_factory=list)  # of the flagged ones
     kept: dict = field(default_factory=dict)  # what a schedule keeps from step to step
     calls: int = 0  # of the U-Net for a flagged image, more than without a guard
 
@@ -110,16 +114,16 @@ class Guard:
     def __init__(self, pipe, method, calibrate, threshold, statistic, rate):
         self.pipe, self.method, self.statistic = pipe, method, STATISTICS[statistic]
         self.calibrate, self.threshold, self.rate = calibrate, threshold, rate
-        self._run, self._asked, self._asking, self._nulls = None, (None, None), False, {}
+        self._run, self._asking, self._nulls = None, False, {}
         self._rows = deque(maxlen=LOGGED)
-        self._unet, self._own = pipe.unet, {name: getattr(pipe, name) for name in WRAPPED}
+        self._unet, self._class = pipe.unet, type(pipe)
         before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
         self._hooks = [
             self._unet.register_forward_pre_hook(before, with_kwargs=True),
             self._unet.register_forward_hook(after, with_kwargs=True),
         ]
-        for name in WRAPPED:
-            setattr(pipe, name, getattr(self, f"_{name}"))
+        # A run is a call of the pipeline, and only a class can say what a call does.
+        pipe.__class__ = type(self._class.__name__, (self._class,), {"__call__": _call})
         pipe._memlib_guard = self
 
     @property
@@ -133,8 +137,8 @@ class Guard:
         for hook in self._hooks:
             hook.remove()
         if getattr(self.pipe, "_memlib_guard", None) is self:
-            for name in ("_memlib_guard", *WRAPPED):
-                delattr(self.pipe, name)
+            del self.pipe._memlib_guard
+            self.pipe.__class__ = self._class
 
     def __enter__(self) -> Guard:
         return self
@@ -142,26 +146,20 @@ class Guard:
     def __exit__(self, *_) -> None:
         self.remove()
 
-    # What the pipeline calls: its own methods, at the begin of a run and at its end.
+    def __deepcopy__(self, _):
+        raise TypeError("a guarded pipeline cannot be copied: remove() the guard first")
 
-    def _encode_prompt(self, prompt=None, device=None, num_images_per_prompt=1, *args, **options):
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if prompts is not None:
-            prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
-        self._asked = prompts, options.get("clip_skip")
-        return self._own["encode_prompt"](prompt, device, num_images_per_prompt, *args, **options)
-
-    def _prepare_latents(self, *args, **options):
+    def _begin(self, prompt=None, num_images_per_prompt=1, clip_skip=None, **options) -> _Run:
         if _eager(self.pipe.unet) is not _eager(self._unet):
             raise ValueError("the guarded U-Net was replaced: remove() the guard, and guard again")
-        self._run = _Run(*self._asked)
-        return self._own["prepare_latents"](*args, **options)
-
-    def _maybe_free_model_hooks(self):
-        self._run = None
-        return self._own["maybe_free_model_hooks"]()
-
-    # What the U-Net calls.
+        if clip_skip is not None:
+            raise ValueError("a guard knows no clip_skip")
+        if any(options.get(n) is not None for n in ("ip_adapter_image", "ip_adapter_image_embeds")):
+            raise ValueError("a guard knows no image prompts")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if prompts is not None:
+            prompts = [text for text in prompts for _ in range(num_images_per_prompt or 1)]
+        return _Run(prompts)
 
     def _before(self, unet, args, kwargs):
         """Other embeddings for flagged images."""
@@ -172,7 +170,9 @@ class Guard:
 
     def _replaced(self, args, kwargs) -> torch.Tensor:
         run, given = self._run, kwargs["encoder_hidden_states"].clone()
-        text = self.method.vary(run.text, float(args[1])) if self.method.vary else run.text
+        text = run.text
+        if self.method.vary:
+            text = self.method.vary(text, float(args[1]), run.places)
         given[len(given) - len(run.flagged) :][run.flagged] = text.to(given)
         return given
 
@@ -199,12 +199,10 @@ class Guard:
     def _first(self, unet, args, kwargs, out, guided) -> torch.Tensor:
         """Flag images; the prediction, asked again if embeddings are to be others."""
         run, step = self._run, self._step(args, out, guided)
-        if not guided and self.statistic.first > 1:
-            raise ValueError("this statistic compares branches, and without guidance there is one")
         score = self.statistic.function(_calls(step))
         alarms = np.full(len(score), np.nan)
         if self.threshold is None:
-            alarms = false_alarms(score, self._null(unet, args, step))
+            alarms = false_alarms(score, self._null(unet, args, kwargs, step))
         flagged = score >= self.threshold if self.threshold is not None else alarms <= self.rate
         run.flagged = torch.from_numpy(flagged).to(out.device)
         done = []
@@ -212,11 +210,12 @@ class Guard:
             method = self.method
             if (method.embed or method.vary) and (run.prompts or not method.embed):
                 run.text = kwargs["encoder_hidden_states"][-len(flagged) :][run.flagged]
+                run.places = np.flatnonzero(flagged).tolist()
                 if method.embed:
-                    run.text = method.embed(self._request(unet, args, step))
-                out = self._ask(
-                    unet, *args, **kwargs | {"encoder_hidden_states": self._replaced(args, kwargs)}
-                )
+                    run.text = method.embed(self._request(unet, args, kwargs, step))
+                with self._own_call():
+                    again = kwargs | {"encoder_hidden_states": self._replaced(args, kwargs)}
+                    out = unet(*args, **again | {"return_dict": False})[0]
                 run.calls += len(out) // len(flagged)
                 done.append("embedding")
             elif method.embed:
@@ -247,25 +246,23 @@ class Guard:
         x = x[len(x) - len(cond) :]
         return Step(timestep, x, a, uncond, cond, self.pipe.guidance_scale, self._run.kept)
 
-    def _null(self, unet, args, step) -> np.ndarray:
+    def _null(self, unet, args, kwargs, step) -> np.ndarray:
         """Scores of the captions to calibrate with, at this timestep and size."""
-        shape, branches = tuple(step.x.shape[1:]), self.statistic.first
-        key = (step.timestep, shape, step.x.dtype)
+        shape, more = tuple(step.x.shape[1:]), kwargs.get("cross_attention_kwargs")
+        key = (step.timestep, shape, step.x.dtype, str(more))
         if key not in self._nulls:
-            scores, ask = [], self._own["encode_prompt"]
+            scores = []
             for n in tqdm(range(0, len(self.calibrate), TOGETHER), "calibrating", disable=None):
                 part = self.calibrate[n : n + TOGETHER]
                 seeds = [torch.Generator().manual_seed(n + i) for i in range(len(part))]
                 x = torch.stack([torch.randn(shape, generator=g) for g in seeds]).to(step.x)
-                x = x.repeat(branches, 1, 1, 1)
-                text = torch.cat(ask(part, x.device, 1, True)[1::-1][-branches:])
-                out = self._ask(unet, x, args[1], encoder_hidden_states=text)
-                first = _calls(self._step((x, args[1]), out, branches > 1))
-                scores.append(self.statistic.function(first))
+                text = self.pipe.encode_prompt(part, x.device, 1, False)[0]
+                out = self._ask(unet, x, args[1], text, more)
+                scores.append(self.statistic.function(_calls(self._step((x, args[1]), out, False))))
             self._nulls[key] = np.concatenate(scores)
         return self._nulls[key]
 
-    def _request(self, unet, args, step: Step) -> Request:
+    def _request(self, unet, args, kwargs, step: Step) -> Request:
         """What a method makes embeddings of the flagged images from."""
         run, pipe = self._run, self.pipe
         tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
@@ -278,35 +275,48 @@ class Guard:
             ).input_ids  # fmt: skip
 
         def read(rows):
-            found = encoder(rows.to(encoder.device), output_hidden_states=run.clip_skip is not None)
-            if run.clip_skip is None:
-                return found[0]
-            return encoder.text_model.final_layer_norm(found.hidden_states[-run.clip_skip - 1])
+            return encoder(rows.to(encoder.device))[0]
 
         def predict(text):
             x = step.x[run.flagged]
             run.calls += 1
-            out = self._ask(unet, x, args[1], encoder_hidden_states=text.to(x))
+            out = self._ask(unet, x, args[1], text.to(x), kwargs.get("cross_attention_kwargs"))
             return self._step((x, args[1]), out, False).eps_cond
 
         special = torch.tensor(tokenizer.all_special_ids)
         words = tokens(self.calibrate) if self.calibrate else torch.arange(len(tokenizer))
         words = words[~torch.isin(words, special)]
-        chosen = run.flagged.cpu()
-        prompts = [text for text, one in zip(run.prompts, chosen.tolist(), strict=True) if one]
-        usual = float(np.median(self._null(unet, args, step))) if self.calibrate else np.nan
+        prompts = pipe.maybe_convert_prompt([run.prompts[n] for n in run.places], tokenizer)
+        usual = float(np.median(self._null(unet, args, kwargs, step))) if self.calibrate else np.nan
         return Request(
             tokens(prompts), run.text, _calls(step, run.flagged), read, predict, words, special,
-            self.statistic.function, usual,
+            run.places, self.statistic.function, usual,
         )  # fmt: skip
 
-    def _ask(self, unet, x, timestep, **options) -> torch.Tensor:
-        """A call of our own."""
+    def _ask(self, unet, x, timestep, text, more) -> torch.Tensor:
+        with self._own_call():
+            options = {"cross_attention_kwargs": more, "return_dict": False}
+            return unet(x, timestep, encoder_hidden_states=text, **options)[0]
+
+    @contextmanager
+    def _own_call(self):
+        """A call of ours, which is not looked at."""
         self._asking = True
         try:
-            return unet(x, timestep, **options | {"return_dict": False})[0]
+            yield
         finally:
             self._asking = False
+
+
+def _call(pipe, *args, **options):
+    """`__call__` of a guarded pipeline."""
+    watch = pipe._memlib_guard
+    known = inspect.signature(watch._class.__call__).bind(pipe, *args, **options).arguments
+    before, watch._run = watch._run, watch._begin(**{k: v for k, v in known.items() if k != "self"})
+    try:
+        return watch._class.__call__(pipe, *args, **options)
+    finally:
+        watch._run = before
 
 
 def _calls(step: Step, rows=slice(None)) -> Calls:

@@ -52,6 +52,7 @@ class Request:
     predict: Callable[[torch.Tensor], torch.Tensor]
     words: torch.Tensor  # token ids that may stand in a caption
     special: torch.Tensor  # those that may not: begin, end, padding
+    places: list[int]  # of the images in their batch: what is drawn hangs on that, not on others
     statistic: Callable[[Calls], np.ndarray]  # what flags an image
     usual: float  # its median over captions that are not memorized; NaN if not known
 
@@ -62,14 +63,17 @@ class Method:
 
     scale: Callable[[Step], float | torch.Tensor] | None = None
     embed: Callable[[Request], torch.Tensor] | None = None
-    vary: Callable[[torch.Tensor, float], torch.Tensor] | None = None
+    vary: Callable[[torch.Tensor, float, list[int]], torch.Tensor] | None = None
 
 
 # --------------------------------------------------------------------------- guidance as a schedule
 
 
 def static(until: int | float = 700) -> Method:
-    """No guidance in the first steps (Jain et al. 2025, with a fixed transition)."""
+    """No guidance in the first steps (Jain et al. 2025, with a fixed transition).
+
+    A negative prompt is then all that is followed.
+    """
     return opposite(0.0, until)
 
 
@@ -125,7 +129,7 @@ def noised(sigma: int | float = 0.3, seed: int = 0) -> Method:
 
     def embed(request: Request):
         cond = request.cond
-        return cond + sigma * cond.std((1, 2), keepdim=True) * _noise(cond, seed)
+        return cond + sigma * cond.std((1, 2), keepdim=True) * _noise(cond, request.places, seed)
 
     return Method(embed=embed)
 
@@ -139,9 +143,9 @@ def annealed(
     embedding are restored, as the paper does with $\psi=1$.
     """
 
-    def vary(cond: torch.Tensor, timestep: int | float):
+    def vary(cond: torch.Tensor, timestep: int | float, places: list[int]):
         gamma = float(np.clip((high - timestep) / (high - low), 0, 1))
-        noise = _noise(cond, seed, round(timestep))
+        noise = _noise(cond, places, seed, round(timestep))
         new = gamma**0.5 * cond + sigma * (1 - gamma) ** 0.5 * noise
         mean, spread = (getattr(new, f)((1, 2), keepdim=True) for f in ("mean", "std"))
         old = cond.mean((1, 2), keepdim=True), cond.std((1, 2), keepdim=True)
@@ -155,7 +159,7 @@ def more_words(count: int = 2, seed: int = 0) -> Method:
 
     def embed(request: Request):
         rows = []
-        for place, row in enumerate(request.tokens.tolist()):
+        for place, row in zip(request.places, request.tokens.tolist(), strict=True):
             rng = np.random.default_rng([seed, place])
             inside = [n for n, t in enumerate(row) if t not in request.special]
             new, end = list(row), inside[-1] + 1 if inside else 1
@@ -220,7 +224,8 @@ def smoothed(
 
     def mixed(request: Request, share: float) -> torch.Tensor:
         rows = []
-        for place, (tokens, own) in enumerate(zip(request.tokens, request.cond, strict=True)):
+        each = zip(request.places, request.tokens, request.cond, strict=True)
+        for place, tokens, own in each:
             rng, size = np.random.default_rng([seed, place]), (variants, len(tokens))
             keep = torch.from_numpy(rng.random(size) >= share)
             keep |= torch.isin(tokens, request.special)
@@ -264,9 +269,7 @@ def late_and_smoothed(until: int | float = 700, replaced: int | float | None = N
     return both(static(until), smoothed(replaced))
 
 
-def _noise(like: torch.Tensor, *seed: int) -> torch.Tensor:
-    """Noise by an image's place in its batch: what happens to one does not hang on others."""
-    rows = [
-        np.random.default_rng([*seed, n]).standard_normal(like.shape[1:]) for n in range(len(like))
-    ]
-    return torch.from_numpy(np.stack(rows)).to(like)
+def _noise(like: torch.Tensor, places: list[int], *seed: int) -> torch.Tensor:
+    """Noise by an image's place in its batch."""
+    draw = [np.random.default_rng([*seed, n]).standard_normal(like.shape[1:]) for n in places]
+    return torch.from_numpy(np.stack(draw)).to(like)
