@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import memlib
+from memlib.mitigation import methods
 from memlib.paths import cache_folder
 from memlib.runs import kept as kept_module
 from memlib.runs.kept import kept
@@ -123,6 +124,15 @@ def test_models_are_told_by_their_weights(calls, rows):
 def test_what_cannot_be_told_apart_is_refused(calls, rows):
     with pytest.raises(TypeError, match="a result cannot be kept by a object"):
         kept(chapter()["measured"], rows, object(), 2)
+
+
+def test_a_function_that_holds_values_is_refused():
+    """Its name would say nothing of them; a module that a chapter uses is known by its code."""
+    until, met = methods.static(700), []
+    with pytest.raises(TypeError, match="holds values"):
+        kept_module._said(until, met)
+    assert kept_module._said(methods, met) == "memlib.mitigation.methods"
+    assert met == ["memlib.mitigation.methods"]
 
 
 def test_a_damaged_file_is_computed_anew(calls, rows):
