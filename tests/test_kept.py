@@ -5,6 +5,7 @@ from itertools import count
 
 import numpy as np
 import pytest
+import xarray as xr
 
 import memlib
 from memlib.mitigation import methods
@@ -169,6 +170,23 @@ def test_what_comes_with_the_book_is_compared(calls, rows, shipped, monkeypatch)
     monkeypatch.setenv("MEMLIB_FRESH", "1")
     assert ask(chapter(), rows).equals(shipped)
     assert calls == [4, 4]
+
+
+@pytest.mark.parametrize(("others", "passes"), [(1, True), (3, False)])
+def test_one_picture_may_take_another_way(monkeypatch, others, passes):
+    """Of a row's five numbers one may differ, and most may not."""
+    rows = memlib.load_pairs("lab").iloc[:3]
+    known = xr.Dataset({"v": (("prompt", "seed"), np.ones((3, 5)))})
+    made = known.copy(deep=True)
+    made["v"][1, :others] = 0.5
+    monkeypatch.setattr(kept_module, "SHARE", 1.0)
+    file = cache_folder() / "kept-x.zip"
+    if passes:
+        found = kept_module._compared(known, file, lambda rows: made, rows, ())
+        assert found.attrs == {"again": 3, "largest": 0.0}
+    else:
+        with pytest.raises(StoreError, match=r"v differs by 0\.5"):
+            kept_module._compared(known, file, lambda rows: made, rows, ())
 
 
 def test_what_this_code_does_not_make_is_an_error(calls, rows, shipped, monkeypatch):
