@@ -112,7 +112,8 @@ def _compared(found: xr.Dataset, file, function, rows, arguments) -> xr.Dataset:
                 raise StoreError(
                     f"data/traces/{file.name} is not what this code makes: {name} differs by "
                     f"{differs:.2g} of its largest (a row's median), {TOLERANCE:g} is tolerated "
-                    f"(prompts {', '.join(rows.prompt_id.iloc[again])}); make traces computes it anew"
+                    f"(prompts {', '.join(rows.prompt_id.iloc[again])}); "
+                    "make traces computes it anew"
                 )
             largest = max(largest, float(differs))
     return found.assign_attrs(again=len(again), largest=largest)
