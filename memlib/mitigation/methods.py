@@ -188,12 +188,14 @@ def optimized(
         first, moved = request.first, request.cond.detach().float().clone().requires_grad_(True)
         optimizer = torch.optim.AdamW([moved], rate)
         found, done = moved.detach().clone(), torch.zeros_like(moved[:, 0, 0], dtype=bool)
-        a, x, uncond = first.alpha_bar, first.x[:, 0], first.eps_uncond[:, 0]
+        a, x = first.alpha_bar, first.x[:, 0]
+        if statistic == "magnitude" and first.eps_uncond is None:
+            raise ValueError("the magnitude compares branches, and without guidance there is one")
         for n in range(most + 1):
             with torch.enable_grad():
                 cond = request.predict(moved)
                 if statistic == "magnitude":
-                    value = (cond - uncond).flatten(1).norm(dim=1)
+                    value = (cond - first.eps_uncond[:, 0]).flatten(1).norm(dim=1)
                 else:
                     estimate = ((x - (1 - a) ** 0.5 * cond) / a**0.5)[None]
                     detail = (estimate - blurred(estimate))[0]
@@ -215,7 +217,7 @@ def smoothed(
 ) -> Method:
     """Each word's embedding averaged over captions in which others are replaced (ours).
 
-    A memory hangs on a caption as a whole; what a word means does not. Of `variants` captions in
+    It supposes that a memory hangs on several words together. Of `variants` captions in
     which each word is replaced by a random one with probability `replaced`, a place gets the mean
     embedding of those that keep its word; the places after the end get the mean of all. With None
     an image gets the least of `LADDER` with which its first call looks like those of captions that
