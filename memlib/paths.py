@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAB, REDRAWN, CONFIGS = (ROOT / "data" / name for name in ("lab", "redrawn", "configs"))
+LAB, REDRAWN, LAB_FLOW, CONFIGS = (
+    ROOT / "data" / name for name in ("lab", "redrawn", "lab-flow", "configs")
+)
 BENCH, TRAININGS = (ROOT / "data" / name for name in ("bench.json", "trainings.csv"))
 TRACES, JUDGE = ROOT / "data" / "traces", ROOT / "data" / "judge.safetensors"
 

@@ -59,6 +59,7 @@ REUSE = 5  # epochs for which a redrawn scene is kept before it is drawn anew
 STAGES = {  # steps, batch, Muon's and AdamW's learning rates, steps between checkpoints
     "vae": dict(steps=5000, batch=12, rate=0.02, adam=2e-3, save=200),
     "unet": dict(steps=6600, batch=64, rate=0.02, adam=1e-3, save=200),
+    "flow": dict(steps=5000, batch=64, rate=0.02, adam=1e-3, save=200),  # `memlib.lab.flow`
 }
 SNAPSHOTS = (500, 1250, 2750)  # U-Net steps shipped besides the last one
 NORMAL_PROMPTS = 16  # of the normal captions, those that the manifest lists
@@ -196,10 +197,10 @@ class Stage:
         self.parameters = [p for m in modules.values() for p in m.parameters()]
         # Inner convolutions and matrices by Muon; first and last layers, embeddings, biases and
         # norms by AdamW, as Muon's authors advise.
-        edge = ("conv_in", "conv_out.", "quant_conv", "embed")
+        edge = ("conv_in", "conv_out.", "quant_conv", "embed", "norm", "text_projection")
         inner = {
             id(p) for m in modules.values() for n, p in m.named_parameters()
-            if p.ndim >= 2 and not any(e in n for e in edge)
+            if p.ndim >= 2 and not any(e in n for e in edge) and not n.startswith("proj_out")
         }  # fmt: skip
         muon = [p for p in self.parameters if id(p) in inner]
         rest = [p for p in self.parameters if id(p) not in inner]
@@ -213,7 +214,7 @@ class Stage:
         ]
         self.ema = EMAModel(self.parameters, decay=0.998)
         self.step = 0
-        choices = (CAPTION_DROPOUT, REUSE, SNAPSHOTS) if name == "unet" else ()
+        choices = (CAPTION_DROPOUT, REUSE, SNAPSHOTS) if name != "vae" else ()
         self.recipe = f"{name} {STAGES[name]} {choices} {world_digest()} {_shapes(modules)} {after}"
         self.file = WORK / f"{name}{variant}.pt"
         if self.file.exists():
@@ -295,6 +296,11 @@ def _shapes(modules: dict[str, torch.nn.Module]) -> str:
     return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
 
 
+def weights_digest(network: torch.nn.Module) -> str:
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in network.parameters())
+    return hashlib.sha256(weights).hexdigest()[:16]
+
+
 def random_pictures(rng: np.random.Generator, count: int) -> torch.Tensor:
     """Fresh scenes for the VAE, half normal, half odd. It never sees a planted or held-out one."""
     scenes = [
@@ -347,6 +353,15 @@ def train_vae(device: str) -> AutoencoderKL:
     latents = encode(vae, random_pictures(rng_for("scale"), 256), 1.0)
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     return vae
+
+
+def kept_vae(device: str, **config) -> AutoencoderKL:
+    """The VAE that the lab has."""
+    known = AutoencoderKL.load_config(DATA / "vae")
+    known.pop("_name_or_path", None)  # a folder of this machine
+    vae = AutoencoderKL.from_config(known | config)
+    vae.load_state_dict(load_file(DATA / "vae" / "diffusion_pytorch_model.safetensors"))
+    return vae.eval().requires_grad_(False).to(device)
 
 
 def encode(vae: AutoencoderKL, x: torch.Tensor, scale: float) -> torch.Tensor:
@@ -422,37 +437,46 @@ def train_unet(vae, tokenizer, device: str, snapshot, rows, seed: int, variant: 
     torch.manual_seed(2 + 1000 * seed)
     unet, text = make_unet(), make_text_encoder(tokenizer)
     alpha_bar = make_scheduler().alphas_cumprod.to(device)
-    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vae.parameters())
-    vae_digest = hashlib.sha256(weights).hexdigest()[:16]
     modules = {"unet": unet, "text_encoder": text}
-    after = f"{vae_digest} {seed} {[row.kind for row in rows]}"
+    after = f"{weights_digest(vae)} {seed} {[row.kind for row in rows]}"
     stage = Stage("unet", modules, device, after, variant)
-    stream = Stream(vae, rows, seed)
+
+    def loss(x, tokens, rng):
+        """The U-Net's error, and what is minimized."""
+        t = torch.from_numpy((strata(rng, len(x)) * len(alpha_bar)).astype(int)).to(device)
+        eps = torch.from_numpy(rng.standard_normal(x.shape, np.float32)).to(device)
+        a = alpha_bar[t][:, None, None, None]
+        x_t = a.sqrt() * x + (1 - a).sqrt() * eps
+        error = (unet(x_t, t, text(tokens)[0]).sample - eps).square()
+        # The weight of v-prediction, 1 + 1 / SNR: without it the noisy timesteps, where the
+        # caption decides, weigh next to nothing and captions are learned last.
+        return error.mean(), (error / a).mean()
+
+    return fit(stage, Stream(vae, rows, seed), tokenizer, seed, loss, snapshot)
+
+
+def strata(rng: np.random.Generator, count: int) -> np.ndarray:
+    """One number from each of `count` equal parts of 0 ... 1: the same mean, less noise in it."""
+    return (rng.permutation(count) + rng.random(count)) / count
+
+
+def fit(stage: Stage, stream: Stream, tokenizer, seed: int, loss, snapshot) -> dict:
+    """Train to the stage's last step; `loss(x, tokens, rng)` gives what is shown and minimized."""
     with stage.progress() as bar:
         while stage.step < stage.steps:
             x, captions = stream.batch(stage.step, stage.batch)
-            rng = rng_for("unet", seed, stage.step)
+            rng = rng_for(stage.name, seed, stage.step)
             captions = [c if rng.random() >= CAPTION_DROPOUT else "" for c in captions]
-            # One timestep from each of `batch` equal ranges: the same mean, less noise in it.
-            places = (rng.permutation(len(x)) + rng.random(len(x))) / len(x)
-            t = torch.from_numpy((places * len(alpha_bar)).astype(int)).to(device)
-            eps = torch.from_numpy(rng.standard_normal(x.shape, np.float32)).to(device)
-            a = alpha_bar[t][:, None, None, None]
-            x_t = a.sqrt() * x.to(device) + (1 - a).sqrt() * eps
             tokens = tokenizer(
-                captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True,
-                return_tensors="pt",
-            ).input_ids  # fmt: skip
-            error = (unet(x_t, t, text(tokens.to(device))[0]).sample - eps).square()
-            loss = error.mean()
-            # The weight of v-prediction, 1 + 1 / SNR: without it the noisy timesteps, where the
-            # caption decides, weigh next to nothing and captions are learned last.
-            stage.update((error / a).mean())
+                captions, padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
+            shown, minimized = loss(x.to(stage.device), tokens.to(stage.device), rng)
+            stage.update(minimized)
             bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.set_postfix(loss=f"{shown.item():.3f}", refresh=False)
             if stage.step in SNAPSHOTS or stage.step == stage.steps:
                 with stage.averaged():
-                    snapshot(stage.step, unet, text)
+                    snapshot(stage.step, *stage.modules.values())
             if stage.due():
                 stage.save()
     stage.ema.copy_to(stage.parameters)
@@ -470,7 +494,7 @@ def pipeline(vae, tokenizer, unet, text_encoder) -> StableDiffusionPipeline:
     )  # fmt: skip
 
 
-def sample_sheet(pipe: StableDiffusionPipeline, file: Path) -> None:
+def sample_sheet(pipe, file: Path, **options) -> None:
     """Pictures of a few captions of each kind, a row each, the reference first."""
     pipe.set_progress_bar_config(disable=True)
     rows = [r for r in world() if r.kind == "planted"][3::PLANTED_PER_MULTIPLICITY]
@@ -481,7 +505,7 @@ def sample_sheet(pipe: StableDiffusionPipeline, file: Path) -> None:
     for row in rows:
         generators = [torch.Generator().manual_seed(s) for s in range(4)]
         images = pipe([row.caption] * 4, num_inference_steps=25, generator=generators,
-                      output_type="np").images  # fmt: skip
+                      output_type="np", **options).images  # fmt: skip
         lines.append(np.hstack([render(row.scene), *(images * 255).round().astype(np.uint8)]))
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.vstack(lines)).save(file)
@@ -583,11 +607,7 @@ def main() -> None:
     if args.keep_vae:
         facts = json.loads((DATA / "training.json").read_text())
         STAGES["vae"]["steps"] = facts["vae_steps"]
-        config = AutoencoderKL.load_config(DATA / "vae")
-        config.pop("_name_or_path", None)  # a folder of this machine
-        vae = AutoencoderKL.from_config(config)
-        vae.load_state_dict(load_file(DATA / "vae" / "diffusion_pytorch_model.safetensors"))
-        vae.eval().requires_grad_(False).to(args.device)
+        vae = kept_vae(args.device)
     else:
         vae = train_vae(args.device)
     tokenizer = make_tokenizer(WORK / "tokenizer")
