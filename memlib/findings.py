@@ -21,6 +21,8 @@ BRANCHES = {"cond": "eps_cond", "uncond": "eps_uncond"}
 def x0_hat(trace: xr.Dataset, guidance_scale: Number | None = None) -> Combination:
     r"""Estimated latents, $(x_t-\sqrt{1-\bar\alpha_t}\,\tilde\epsilon)/\sqrt{\bar\alpha_t}$.
 
+    Of a flow model $x_t-\sigma_t\tilde v$, with its velocity.
+
     Parameters
     ----------
     guidance_scale : any scale, 1 = the conditional and 0 = the unconditional prediction. By
@@ -33,9 +35,11 @@ def x0_hat(trace: xr.Dataset, guidance_scale: Number | None = None) -> Combinati
     """
     if guidance_scale is None:
         guidance_scale = own_scale(trace)
+    said = eps_cfg(guidance_scale)
+    if (sigma := trace.coords.get("sigma")) is not None:
+        return {"x_t": 1.0, **{n.replace("eps", "v"): -sigma * c for n, c in said.items()}}
     scale = 1 / np.sqrt(trace.alpha_bar)
-    eps = eps_cfg(guidance_scale)
-    noise = {name: -np.sqrt(1 - trace.alpha_bar) * scale * c for name, c in eps.items()}
+    noise = {name: -np.sqrt(1 - trace.alpha_bar) * scale * c for name, c in said.items()}
     return {"x_t": scale, **noise}
 
 
@@ -103,11 +107,12 @@ def reference_weights(trace: xr.Dataset, reference: str = "schedule") -> xr.Data
         raise ValueError(f"unknown reference {reference!r}{nearest(reference, REFERENCES)}")
     if reference == "oracle":
         _whole(trace)
-    alpha_bar = trace.alpha_bar.values
+    alpha_bar, sigma = trace.alpha_bar.values, trace.get("sigma")
+    sigma = None if sigma is None else sigma.values
     table = (
-        schedule.schedule_weights(alpha_bar)
+        schedule.schedule_weights(alpha_bar, sigma)
         if reference == "schedule"
-        else schedule.oracle_weights(alpha_bar, trace.attrs["sampler"])
+        else schedule.oracle_weights(alpha_bar, trace.attrs["sampler"], sigma)
     )
     coords = {name: trace[name] for name in ("step", "timestep", "alpha_bar")}
     return xr.Dataset({k: ("step", v) for k, v in table.items()}, coords, {"reference": reference})

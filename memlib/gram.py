@@ -14,6 +14,7 @@ import xarray as xr
 from memlib.errors import nearest
 
 VECTORS = ("x_t", "eps_uncond", "eps_cond", "x_0", "x_T", "x_gen", "noise")
+FLOW_VECTORS = tuple(name.replace("eps_", "v_") for name in VECTORS)  # velocities are kept
 
 Number = float | int | xr.DataArray
 Combination = dict[str, Number]
@@ -34,9 +35,12 @@ def combination(trace: xr.Dataset, vector: str | Combination) -> Combination:
         return {"eps_cond": 1.0, "eps_uncond": -1.0}
     if vector == "eps_cfg":
         return eps_cfg(own_scale(trace))
-    if vector not in VECTORS:
+    known = list(trace.vec.values)
+    if vector in VECTORS and vector not in known:  # of a flow: v = eps - x_0
+        return {"x_t": 1.0, vector.replace("eps", "v"): 1 - trace.sigma}
+    if vector not in known:
         raise KeyError(
-            f"unknown vector {vector!r}{nearest(vector, (*VECTORS, 'eps_delta', 'eps_cfg'))}"
+            f"unknown vector {vector!r}{nearest(vector, (*known, 'eps_delta', 'eps_cfg'))}"
         )
     return {vector: 1.0}
 

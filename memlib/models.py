@@ -4,7 +4,8 @@
 that shape. `ExactModel` is the closed-form optimal denoiser of a finite training set. Both have
 
 - `source`, `fingerprint`, `dtype`, `precision`, `device`, `latent_shape`, `scheduler_config`
-- `encode_text(captions)`, `predict(x_t, timestep, text)`, `to_epsilon(output, x_t, alpha_bar)`
+- `encode_text(captions)`, `predict(x_t, timestep, text)`, and `to_epsilon(output, x_t, alpha_bar)`
+  of diffusion models; of flow models (`schedule.is_flow`) what is predicted is a velocity
 - `encode_images(files)` and `decode(latents)`
 - `uncached`: the model itself, where answers are kept on disk (`memlib.hub.answers`).
 """
@@ -20,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float, UInt8
 
 from memlib.errors import ModelError
 from memlib.prompts import read_image
+from memlib.schedule import is_flow, signal_and_noise
 
 DECODED = 2**15  # pixels that are decoded together
 
@@ -59,20 +61,29 @@ class DiffusersModel:
 
     def __init__(self, pipe, source: str, fingerprint: str):
         self.pipe, self.source, self.fingerprint = pipe, source, fingerprint
-        self.unet, self.vae = pipe.unet.eval(), pipe.vae.eval()
-        self.device = pipe.unet.device
+        self.denoiser, self.vae = self._denoiser(pipe).eval(), pipe.vae.eval()
+        self.device = self.denoiser.device
         if self.device.type == "cuda":
             exact_float32()
         # Once a block of this size was freed, glibc keeps what is freed. Before that it asks the
         # system for every buffer of every update anew (8 % of the lab's time on two cores).
         torch.ones(31 << 20, dtype=torch.uint8)
         self.scheduler_config = dict(pipe.scheduler.config)
-        size = pipe.unet.config.sample_size
+        self.shift = pipe.vae.config.get("shift_factor") or 0.0
+        size = self.denoiser.config.sample_size
         size = size if isinstance(size, int) else size[0]  # `hub.weights` lets only squares pass
-        self.latent_shape = (pipe.unet.config.in_channels, size, size)
+        self.latent_shape = (self.denoiser.config.in_channels, size, size)
         self.image_size = size * pipe.vae_scale_factor
         self.prediction_type = self.scheduler_config.get("prediction_type", "epsilon")
         pipe.set_progress_bar_config(disable=True)
+
+    @staticmethod
+    def _denoiser(pipe) -> torch.nn.Module:
+        return pipe.unet
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        return self.denoiser
 
     @property
     def uncached(self) -> DiffusersModel:
@@ -87,15 +98,20 @@ class DiffusersModel:
 
     def read(self, captions: Sequence[str]) -> list[tuple[int, ...]]:
         """The tokens of each caption that the text encoder is given, end and padding left out."""
-        tokenizer = self.pipe.tokenizer
-        found = tokenizer(list(captions), truncation=True, max_length=tokenizer.model_max_length)
+        tokenizer, most = self._reader()
+        found = tokenizer(list(captions), truncation=True, max_length=most)
         return [tuple(tokens) for tokens in found.input_ids]
+
+    def _reader(self) -> tuple:
+        """The tokenizer that reads most of a caption, and how many tokens."""
+        return self.pipe.tokenizer, self.pipe.tokenizer.model_max_length
 
     def tokens_cut(self, captions: Sequence[str]) -> np.ndarray:
         """How many tokens of each caption are not read, for want of places, [prompt]."""
+        tokenizer, most = self._reader()
         with quiet():
-            whole = self.pipe.tokenizer(list(captions)).input_ids if len(captions) else []
-        return np.array([max(0, len(t) - self.pipe.tokenizer.model_max_length) for t in whole], int)
+            whole = tokenizer(list(captions)).input_ids if len(captions) else []
+        return np.array([max(0, len(tokens) - most) for tokens in whole], int)
 
     @torch.no_grad()
     def predict(
@@ -104,13 +120,17 @@ class DiffusersModel:
         timestep: int | torch.Tensor,
         text: torch.Tensor,
     ) -> Float[torch.Tensor, "batch channel height width"]:
-        """The U-Net's output as it is (epsilon, v or sample)."""
-        dtype = next(self.unet.parameters()).dtype  # diffusers' own looks at every parameter
+        """The network's output as it is (epsilon, v or sample; a flow's velocity)."""
+        dtype = next(self.denoiser.parameters()).dtype  # diffusers' own looks at every parameter
         x_t, text = x_t.to(dtype), text.to(dtype)
         return self._call(x_t, timestep, text).to(self.dtype)
 
     def _call(self, x_t, timestep, text) -> torch.Tensor:
-        return self.unet(x_t, timestep, encoder_hidden_states=text, return_dict=False)[0]
+        return self.denoiser(*self._asked(x_t, timestep, text), return_dict=False)[0]
+
+    def _asked(self, x_t, timestep, text) -> tuple:
+        """What the network takes: here a state, a timestep and an embedding."""
+        return x_t, timestep, text
 
     def to_epsilon(self, output, x_t, alpha_bar):
         r"""An output as noise; from v, $\epsilon=\sqrt{\bar\alpha}v+\sqrt{1-\bar\alpha}x_t$."""
@@ -132,7 +152,7 @@ class DiffusersModel:
             picture = read_image(file, self.image_size)
             x = torch.from_numpy(picture).permute(2, 0, 1)[None].to(self.device, self.dtype)
             posterior = self.vae.encode(x / 127.5 - 1).latent_dist
-            latents.append(posterior.mode()[0] * self.vae.config.scaling_factor)
+            latents.append((posterior.mode()[0] - self.shift) * self.vae.config.scaling_factor)
         latents = torch.stack(latents)
         if not latents.isfinite().all():
             raise FloatingPointError(
@@ -145,8 +165,10 @@ class DiffusersModel:
         self, latents: Float[torch.Tensor, "batch channel height width"]
     ) -> UInt8[np.ndarray, "batch y x rgb"]:
         """Pictures of latents, as diffusers' pipeline makes them."""
-        latents = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor
-        return self._decode(latents)
+        return self._decode(self._unscaled(latents))
+
+    def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.to(self.device, self.dtype) / self.vae.config.scaling_factor + self.shift
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray:
         # A few at a time, large ones one by one: decoding must not set the size of the batch.
@@ -184,14 +206,15 @@ class ExactModel:
     $\hat x_0=\sum_i r_i a_i$ with
     $r_i\propto p_i\exp(-\|x_t-\sqrt{\bar\alpha_t}a_i\|^2/2(1-\bar\alpha_t))$, the posterior
     mean; the conditional branch has only the atoms with the given caption. A caption that no atom
-    has is predicted like the empty one: the model knows nothing about it.
+    has is predicted like the empty one: the model knows nothing about it. With a flow's scheduler
+    the levels are a flow's and the prediction is the velocity.
 
     Parameters
     ----------
     atoms : latents, [atom, channel, height, width], used in float64.
     captions : one an atom.
     counts : how often each atom is in the training set; 1 by default.
-    scheduler_config : Stable Diffusion v1.4's by default.
+    scheduler_config : Stable Diffusion v1.4's by default; `flow_schedule()` of a flow.
     """
 
     source = "exact"
@@ -207,11 +230,10 @@ class ExactModel:
             raise ModelError(f"{len(self.atoms)} atoms do not fit {len(self.captions)} captions")
         counts = torch.ones(len(self.atoms)) if counts is None else torch.tensor(list(counts))
         self.log_counts = counts.double().log()
-        self.scheduler_config = {
-            **(scheduler_config or stable_diffusion_schedule()),
-            "prediction_type": "epsilon",
-        }
-        self._alpha_bar = _alpha_bar_table(self.scheduler_config)
+        config = scheduler_config or stable_diffusion_schedule()
+        self.flow = is_flow(config)
+        self.scheduler_config = {**config} | ({} if self.flow else {"prediction_type": "epsilon"})
+        self._alpha_bar = None if self.flow else _alpha_bar_table(self.scheduler_config)
         self.latent_shape = tuple(self.atoms.shape[1:])
         self.codec = codec  # a model that encodes and decodes pictures
         self.image_size = getattr(codec, "image_size", None)
@@ -233,20 +255,30 @@ class ExactModel:
 
     def log_posterior(self, x_t, alpha_bar, text):
         """Log probability of each atom given each row of `x_t`, [row, atom]."""
-        a = torch.as_tensor(alpha_bar, dtype=torch.float64).reshape(-1, 1)
-        fit = a.sqrt() * (x_t.double().flatten(1) @ self.atoms.flatten(1).T) - a * self._energy / 2
-        return torch.log_softmax(text + fit / (1 - a), -1)
+        levels = signal_and_noise(torch.as_tensor(alpha_bar, dtype=torch.float64))
+        return self._log_posterior(x_t, *levels, text)
+
+    def _log_posterior(self, x_t, signal, noise, text):
+        a, s = signal.reshape(-1, 1), noise.reshape(-1, 1)
+        fit = a * (x_t.double().flatten(1) @ self.atoms.flatten(1).T) - a**2 * self._energy / 2
+        return torch.log_softmax(text + fit / s**2, -1)
+
+    def _levels(self, timestep):
+        t = torch.as_tensor(timestep)
+        if self.flow:
+            return signal_and_noise(None, t.double() / self.scheduler_config["num_train_timesteps"])
+        return signal_and_noise(self._alpha_bar[t])
 
     def posterior_mean(self, x_t, timestep, text):
         """$E[x_0 | x_t]$ for each row of `x_t`."""
-        share = self.log_posterior(x_t, self._alpha_bar[torch.as_tensor(timestep)], text).exp()
+        share = self._log_posterior(x_t, *self._levels(timestep), text).exp()
         return (share @ self.atoms.flatten(1)).reshape(x_t.shape)
 
     def predict(self, x_t, timestep, text):
-        """The predicted noise of the posterior mean."""
-        a = self._alpha_bar[torch.as_tensor(timestep)].reshape(-1, 1, 1, 1)
+        """The predicted noise, or a flow's velocity, of the posterior mean."""
+        signal, noise = (level.reshape(-1, 1, 1, 1) for level in self._levels(timestep))
         mean = self.posterior_mean(x_t, timestep, text)
-        return (x_t.double() - a.sqrt() * mean) / (1 - a).sqrt()
+        return (x_t.double() - (1.0 if self.flow else signal) * mean) / noise
 
     def to_epsilon(self, output, x_t, alpha_bar):
         return output
@@ -268,6 +300,12 @@ def stable_diffusion_schedule() -> dict:
             clip_sample=False, set_alpha_to_one=False, steps_offset=1,
         ).config
     )  # fmt: skip
+
+
+def flow_schedule(shift: float = 3.0) -> dict:
+    """The noise levels of Stable Diffusion 3, as a scheduler config."""
+    config = FlowMatchEulerDiscreteScheduler(shift=shift).config
+    return {**config, "_class_name": "FlowMatchEulerDiscreteScheduler"}
 
 
 def _alpha_bar_table(config: dict) -> torch.Tensor:

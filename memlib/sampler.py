@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from memlib.schedule import ddpm_noise_coefficients, state_levels
+from memlib.schedule import ddpm_noise_coefficients, flow_sigmas, state_levels
 
 
 @torch.no_grad()
@@ -18,11 +19,13 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
     Returns
     -------
     dict of tensors: `x_t` and `noise` [state, image, channel, height, width] with S + 1 states,
-    `eps_uncond` and `eps_cond` with S. `noise` is the fresh noise accumulated so far (DDPM).
+    `eps_uncond` and `eps_cond` with S, of a flow model its velocities `v_uncond` and `v_cond`.
+    `noise` is the fresh noise accumulated so far (DDPM).
     """
+    scheduler = copy.copy(scheduler)  # a flow's counts its steps
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     shape = (len(captions), *model.latent_shape)
-    x = randn_tensor(shape, generators, model.device, model.dtype) * scheduler.init_noise_sigma
+    x = randn_tensor(shape, generators, model.device, model.dtype)
     cond, uncond = model.encode_text(captions)
     both = torch.cat([uncond, cond])
     # Without guidance the pipeline runs the conditional branch alone. Two separate calls keep its
@@ -33,7 +36,9 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
     keep, fresh = ddpm_noise_coefficients(alpha_bar) if stochastic else (None, None)
     # The trajectory is written into its place: a list that is stacked needs twice the memory.
     steps = len(alpha_bar) - 1
-    kept = {name: x.new_empty((steps, *x.shape)) for name in ("eps_uncond", "eps_cond")}
+    flow = flow_sigmas(scheduler) is not None
+    names = ("v_uncond", "v_cond") if flow else ("eps_uncond", "eps_cond")
+    kept = {name: x.new_empty((steps, *x.shape)) for name in names}
     kept["x_t"] = x.new_empty((steps + 1, *x.shape))
     kept["noise"] = torch.zeros_like(kept["x_t"] if stochastic else x).expand_as(kept["x_t"])
     kept["x_t"][0] = x
@@ -45,8 +50,8 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
         else:
             out_uncond, out_cond = model.predict(torch.cat([x, x]), times[i], both).chunk(2)
             out = out_uncond + guidance[i] * (out_cond - out_uncond)
-        kept["eps_uncond"][i] = model.to_epsilon(out_uncond, x, alpha_bar[i])
-        kept["eps_cond"][i] = model.to_epsilon(out_cond, x, alpha_bar[i])
+        for name, said in zip(names, (out_uncond, out_cond), strict=True):
+            kept[name][i] = said if flow else model.to_epsilon(said, x, alpha_bar[i])
         if stochastic:
             copies = [generator.clone_state() for generator in generators]  # draw the same
             x = scheduler.step(out, t, x, generator=generators).prev_sample
@@ -57,7 +62,7 @@ def sample(model, captions: Sequence[str], seeds: Sequence[int], scheduler, guid
         kept["x_t"][i + 1] = x
     # A state that is not finite stays so: the last one tells of all. Least and largest tell of
     # every number, in less time and memory than a test of each.
-    last = (kept["x_t"][-1], kept["eps_uncond"], kept["eps_cond"])
+    last = (kept["x_t"][-1], *(kept[name] for name in names))
     if not all(value.isfinite() for tensor in last for value in tensor.aminmax()):
         raise FloatingPointError(not_finite(model))
     return kept

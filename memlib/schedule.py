@@ -8,15 +8,32 @@ computed at. `state_levels` says so once and for all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from memlib.errors import nearest
 
 Guidance = float | int | Sequence[float] | Callable[[int], float]
-SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+SAMPLERS = {
+    "ddim": DDIMScheduler, "ddpm": DDPMScheduler, "flow-euler": FlowMatchEulerDiscreteScheduler
+}  # fmt: skip
+
+
+class WideFlowEuler(FlowMatchEulerDiscreteScheduler):
+    """The same update in float64: diffusers' rounds every state to float32."""
+
+    def step(self, model_output, timestep, sample):
+        n = self.index_for_timestep(timestep)
+        moved = sample + (self.sigmas[n + 1] - self.sigmas[n]) * model_output
+        return SimpleNamespace(prev_sample=moved)
+
+
+def is_flow(config) -> bool:
+    r"""Whether a scheduler is of rectified flow: states $(1-\sigma)x+\sigma\epsilon$."""
+    return "FlowMatch" in config.get("_class_name", "")
 
 
 def make_scheduler(config, sampler: str, steps: int, dtype: torch.dtype = torch.float32):
@@ -30,6 +47,11 @@ def make_scheduler(config, sampler: str, steps: int, dtype: torch.dtype = torch.
     limit = config["num_train_timesteps"]
     if not 1 <= steps <= limit:
         raise ValueError(f"steps={steps} is not possible: the model has {limit} timesteps")
+    if is_flow(config) != (sampler == "flow-euler"):
+        kind, valid = ("a flow", "'flow-euler'") if is_flow(config) else ("a diffusion", "'ddim'")
+        raise ValueError(f"{sampler!r} does not sample {kind} model: take sampler={valid}")
+    if is_flow(config):
+        return _flow_scheduler(config, steps, dtype)
     if config.get("thresholding"):
         raise ValueError("a scheduler with dynamic thresholding is not supported")
     # Latents are never clipped; a config that does not say so would get the pixel models' default.
@@ -60,12 +82,60 @@ def make_scheduler(config, sampler: str, steps: int, dtype: torch.dtype = torch.
     return scheduler
 
 
+def _flow_scheduler(config, steps: int, dtype: torch.dtype):
+    """Its noise levels shifted by a fixed number, as Stable Diffusion 3's."""
+    for option, what in (
+        ("use_dynamic_shifting", "noise levels that hang on the picture's size"),
+        ("stochastic_sampling", "fresh noise at each update"),
+        ("invert_sigmas", "its noise levels turned round"),
+    ):
+        if config.get(option):
+            raise ValueError(f"a flow scheduler with {what} ({option}) is not supported")
+    wide = dtype == torch.float64
+    scheduler = (WideFlowEuler if wide else FlowMatchEulerDiscreteScheduler).from_config(config)
+    scheduler.set_timesteps(steps)
+    if wide:
+        scheduler.sigmas = scheduler.sigmas.double()
+        scheduler.timesteps = scheduler.sigmas[:-1] * scheduler.config.num_train_timesteps
+    return scheduler
+
+
+def signal_and_noise(alpha_bar, sigma=None):
+    r"""$a$ and $s$ of states $a\,x+s\,\epsilon$.
+
+    Diffusion: $\sqrt{\bar\alpha}$, $\sqrt{1-\bar\alpha}$. Rectified flow: $1-\sigma$, $\sigma$.
+    """
+    if sigma is not None:
+        return 1 - sigma, sigma
+    return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+
+
+def estimate(x, prediction, alpha_bar, sigma=None):
+    r"""$\hat x_0$ of a predicted noise; of a predicted velocity $v=\epsilon-x$ with `sigma`.
+
+    $(x_t-s\,\epsilon)/a$, or $x_t-\sigma v$: a flow begins without any signal, where its noise
+    tells nothing of the picture and its velocity all.
+    """
+    signal, noise = signal_and_noise(alpha_bar, sigma)
+    return x - noise * prediction if sigma is not None else (x - noise * prediction) / signal
+
+
+def flow_sigmas(scheduler) -> np.ndarray | None:
+    r"""$\sigma$ of every state, of length S + 1; None for a diffusion."""
+    flows = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    return scheduler.sigmas.cpu().double().numpy() if flows else None
+
+
 def state_levels(scheduler) -> tuple[np.ndarray, np.ndarray]:
     r"""Timestep and $\bar\alpha$ of every state, each of length S + 1.
 
     The last state has timestep -1. Its $\bar\alpha$ is the scheduler's own:
-    ``final_alpha_cumprod`` for DDIM (0.99915 with Stable Diffusion's settings), 1 for DDPM.
+    ``final_alpha_cumprod`` for DDIM (0.99915 with Stable Diffusion's settings), 1 for DDPM. Of a
+    flow $\bar\alpha$ is the signal's share of the variance, $a^2/(a^2+s^2)$.
     """
+    if (sigma := flow_sigmas(scheduler)) is not None:
+        shares = (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
+        return np.append(scheduler.timesteps.cpu().double().numpy(), -1), shares
     timesteps = scheduler.timesteps.cpu().numpy().astype(int)
     final = getattr(scheduler, "final_alpha_cumprod", None)
     final = 1.0 if final is None else float(final)
@@ -86,32 +156,34 @@ def ddpm_noise_coefficients(alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.sqrt(alpha) * share, np.sqrt(share * (1 - alpha))
 
 
-def oracle_weights(alpha_bar: np.ndarray, sampler: str) -> dict[str, np.ndarray]:
+def oracle_weights(
+    alpha_bar: np.ndarray, sampler: str, sigma: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     r"""Coefficients of x_0, x_T (and fresh noise) when every prediction is perfect.
 
-    DDIM keeps the predicted noise, so $w_T=\sqrt{(1-\bar\alpha_t)/(1-\bar\alpha_T)}$.
-    DDPM shrinks it, $w_T=\sqrt{\bar\alpha_T/\bar\alpha_t}\,(1-\bar\alpha_t)/(1-\bar\alpha_T)$, and
-    replaces the rest by fresh noise, whose accumulated vector has coefficient 1 while it is not 0.
-    In both, $w_0=\sqrt{\bar\alpha_t}-\sqrt{\bar\alpha_T}\,w_T$: the first state is $x_T$ alone.
+    DDIM and the flow's Euler step keep the predicted noise, so $w_T=s_t/s_T$. DDPM shrinks it,
+    $w_T=(a_T/a_t)\,s_t^2/s_T^2$, and replaces the rest by fresh noise, whose accumulated vector has
+    coefficient 1 while it is not 0. In all, $w_0=a_t-a_T\,w_T$: the first state is $x_T$ alone. A
+    flow that begins at $\sigma=1$ has $w_0=1-\sigma$ and $w_T=\sigma$: its schedule is its oracle.
     """
-    start = alpha_bar[0]
-    share = (1 - alpha_bar) / (1 - start)
-    if sampler == "ddim":
-        w_T = np.sqrt(share)
-    elif sampler == "ddpm":
-        w_T = np.sqrt(start / alpha_bar) * share
-    else:
+    if sampler not in SAMPLERS:
         raise ValueError(f"no oracle is known for sampler {sampler!r}")
-    weights = {"w_0": np.sqrt(alpha_bar) - np.sqrt(start) * w_T, "w_T": w_T}
+    signal, noise = signal_and_noise(alpha_bar, sigma)
+    w_T = noise / noise[0]
+    if sampler == "ddpm":
+        w_T = signal[0] / signal * w_T**2
+    weights = {"w_0": signal - signal[0] * w_T, "w_T": w_T}
     if sampler == "ddpm":
         # There is none before the first update, and none is added by the last.
-        weights["w_noise"] = ((share < 1) & (share > 0)).astype(float)
+        weights["w_noise"] = ((noise < noise[0]) & (noise > 0)).astype(float)
     return weights
 
 
-def schedule_weights(alpha_bar: np.ndarray) -> dict[str, np.ndarray]:
-    r"""The paper's, $\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ (Kim et al. 2025)."""
-    return {"w_0": np.sqrt(alpha_bar), "w_T": np.sqrt(1 - alpha_bar)}
+def schedule_weights(
+    alpha_bar: np.ndarray, sigma: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    r"""$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ (Kim et al. 2025), or a flow's levels."""
+    return dict(zip(("w_0", "w_T"), signal_and_noise(alpha_bar, sigma), strict=True))
 
 
 def guidance_values(guidance_scale: Guidance, steps: int) -> np.ndarray:

@@ -14,11 +14,11 @@ import xarray as xr
 from einops import einsum
 from jaxtyping import Float
 
-from memlib.gram import VECTORS
+from memlib.gram import FLOW_VECTORS, VECTORS
 from memlib.measures import provenance, similarity
 from memlib.models import tf32
 from memlib.prompts import image_files, read_image
-from memlib.schedule import state_levels
+from memlib.schedule import flow_sigmas, state_levels
 
 SCHEMA = "memlib-trace-2"
 CPU = torch.device("cpu")
@@ -39,8 +39,9 @@ def contract(kept: dict, x_0: torch.Tensor) -> np.ndarray:
     states, images = kept["x_t"].shape[:2]
     x = kept["x_t"].flatten(2)
     # One image at a time, in place: float64 copies of a batch would be the most memory of all.
-    vectors = x.new_empty((states, len(VECTORS), x.shape[-1]), dtype=torch.float64)
-    column = {name: vectors[:, n] for n, name in enumerate(VECTORS)}
+    names = FLOW_VECTORS if "v_cond" in kept else VECTORS
+    vectors = x.new_empty((states, len(names), x.shape[-1]), dtype=torch.float64)
+    column = {name: vectors[:, n] for n, name in enumerate(names)}
     grams = []
     for n in range(images):
         fixed = {"x_0": x_0[n].flatten().to(x.device), "x_T": x[0, n], "x_gen": x[-1, n]}
@@ -48,7 +49,7 @@ def contract(kept: dict, x_0: torch.Tensor) -> np.ndarray:
             fixed | {"x_t": x[:, n], "noise": kept["noise"][:, n].flatten(1)}
         ).items():
             column[name][:] = value
-        for name in ("eps_uncond", "eps_cond"):
+        for name in names[1:3]:
             column[name][:-1] = kept[name][:, n].flatten(1)
             column[name][-1] = torch.nan  # no prediction at the last state
         grams.append(gram_matrix(vectors))
@@ -86,7 +87,8 @@ def empty_trace(model, pairs, seeds, scheduler, guidance, sampler) -> xr.Dataset
                 ("prompt", "step", "seed", "seed_"), np.empty((len(pairs), states, seeds_, seeds_)),
             ),
         },
-        {"seed": seeds, "seed_": seeds, **coords(pairs, timesteps, alpha_bar)},
+        {"seed": seeds, "seed_": seeds,
+         **coords(pairs, timesteps, alpha_bar, flow_sigmas(scheduler))},
     )  # fmt: skip
     trace["guidance_scale"] = ("step", np.append(guidance, np.nan))
     # half precision could not do these
@@ -116,15 +118,18 @@ def score(trace: xr.Dataset, pairs: pd.DataFrame, measure: str, device=CPU) -> x
     return trace.assign(severity=(("prompt", "seed"), scores, note))
 
 
-def coords(pairs: pd.DataFrame, timesteps: np.ndarray, alpha_bar: np.ndarray) -> dict:
+def coords(pairs: pd.DataFrame, timesteps: np.ndarray, alpha_bar: np.ndarray, sigma=None) -> dict:
+    names = VECTORS if sigma is None else FLOW_VECTORS
     coords = {
         "prompt": list(pairs.prompt_id),
         "step": range(len(timesteps)),
         "timestep": ("step", timesteps),
         "alpha_bar": ("step", alpha_bar),
-        "vec": list(VECTORS),
-        "vec_": list(VECTORS),
+        "vec": list(names),
+        "vec_": list(names),
     }
+    if sigma is not None:
+        coords["sigma"] = ("step", sigma)
     for name in ("caption", "kind", "multiplicity", "group"):
         if name in pairs:
             coords[name] = ("prompt", list(pairs[name]))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from memlib.detection.statistics import STATISTICS, Calls
 from memlib.errors import nearest
 from memlib.hub.files import whole
-from memlib.schedule import make_scheduler, state_levels
+from memlib.schedule import is_flow, make_scheduler, state_levels
 
 RATE = 0.01  # false alarms among prompts that are not memorized
 COLUMNS = ("prompt_id", "caption", "score", "false_alarms", "verdict", "calls")
@@ -24,7 +24,7 @@ COLUMNS = ("prompt_id", "caption", "score", "false_alarms", "verdict", "calls")
 def first_calls(
     model, captions: Sequence[str], seeds: int = 1, branches: int = 2, steps: int = 50
 ) -> Calls:
-    """The network's predictions in pure noise, at the first timestep of DDIM with `steps` updates.
+    """The network's predictions in pure noise, at the first timestep of `steps` updates.
 
     Parameters
     ----------
@@ -38,18 +38,22 @@ def first_calls(
         A prediction is not finite.
     """
     model, count = model.uncached, len(captions)
-    scheduler = make_scheduler(model.scheduler_config, "ddim", steps, model.dtype)
-    levels, timestep = scheduler.alphas_cumprod, int(scheduler.timesteps[0])
+    flow = is_flow(model.scheduler_config)
+    scheduler = make_scheduler(
+        model.scheduler_config, "flow-euler" if flow else "ddim", steps, model.dtype
+    )
+    levels, timestep = None if flow else scheduler.alphas_cumprod, scheduler.timesteps[0].item()
     generators = [torch.Generator().manual_seed(n) for n in range(seeds)]
     noises = randn_tensor((seeds, *model.latent_shape), generators, model.device, model.dtype)
     x = noises.expand(count, *noises.shape)
     cond, uncond = model.encode_text(list(captions))
 
-    def predicted(x: torch.Tensor, timestep: int, text: torch.Tensor) -> torch.Tensor:
+    def predicted(x: torch.Tensor, timestep: int | float, text: torch.Tensor) -> torch.Tensor:
         flat, t = x.flatten(0, 1), torch.tensor(timestep, device=model.device)
         with torch.no_grad():
             out = model.predict(flat, t, text.repeat_interleave(x.shape[1], 0))
-            found = model.to_epsilon(out, flat, levels[timestep].to(flat)).reshape(x.shape)
+            said = out if flow else model.to_epsilon(out, flat, levels[timestep].to(flat))
+            found = said.reshape(x.shape)
         if not found.isfinite().all():
             raise FloatingPointError(f"a prediction of {model.source} is not finite")
         return found
@@ -59,6 +63,7 @@ def first_calls(
         predicted(x, timestep, uncond) if branches > 1 else None,
         predicted(x, timestep, cond) if branches else None,
         lambda x, t: (predicted(x, t, uncond), predicted(x, t, cond)),
+        float(scheduler.sigmas[0]) if flow else None,
     )  # fmt: skip
 
 

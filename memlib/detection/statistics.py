@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.nn.functional import cosine_similarity, interpolate
 
+from memlib.schedule import estimate, signal_and_noise
+
 BLOCK = 4  # latent cells: what a block of them has in common is not detail
 
 
@@ -20,17 +22,18 @@ BLOCK = 4  # latent cells: what a block of them has in common is not detail
 class Calls:
     """Predictions in pure noise, and a way to ask for more.
 
-    All tensors are [caption, seed, channel, height, width], epsilon whatever the network predicts.
-    `ask(x, timestep)` gives `eps_uncond` and `eps_cond` of the same captions in other states. What
-    a statistic does not use may be None.
+    All tensors are [caption, seed, channel, height, width], epsilon whatever the network predicts;
+    with `sigma`, of a flow model, velocities. `ask(x, timestep)` gives `eps_uncond` and `eps_cond`
+    of the same captions in other states. What a statistic does not use may be None.
     """
 
     x: torch.Tensor
-    timestep: int  # the first of the sampler
+    timestep: int | float  # the first of the sampler
     alpha_bar: float  # its signal level, squared
     eps_uncond: torch.Tensor | None
     eps_cond: torch.Tensor | None
     ask: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] | None
+    sigma: float | None = None
 
     @property
     def difference(self) -> torch.Tensor:
@@ -40,8 +43,7 @@ class Calls:
     @property
     def estimate(self) -> torch.Tensor:
         r"""The conditional estimate $\hat x_{0,c}$ of the picture (the paper's Eq. 3)."""
-        a = self.alpha_bar
-        return (self.x - (1 - a) ** 0.5 * self.eps_cond) / a**0.5
+        return estimate(self.x, self.eps_cond, self.alpha_bar, self.sigma)
 
 
 def magnitude(calls: Calls) -> np.ndarray:
@@ -87,7 +89,7 @@ def sharpness(calls: Calls, step: float = 1e-2) -> np.ndarray:
     Jeon et al. 2025. The product of the log density's Hessian with a vector is a finite difference
     of $s$: `step` times the length of the state, along $s_c-s_\varnothing$.
     """
-    difference, scale = calls.difference, (1 - calls.alpha_bar) ** 0.5
+    difference, scale = calls.difference, signal_and_noise(calls.alpha_bar, calls.sigma)[1]
     length = _length(difference).reshape(*difference.shape[:2], 1, 1, 1).clamp(min=1e-12)
     h = step * calls.x[0, 0].numel() ** 0.5
     uncond, cond = calls.ask(calls.x - h * difference / length, calls.timestep)

@@ -43,9 +43,9 @@ class AcceleratedModel(DiffusersModel):
         if not self.compiled:
             return super()._call(x_t, timestep, text)
         x = x_t.contiguous(memory_format=torch.channels_last)
-        arguments = dict(encoder_hidden_states=text, return_dict=False)
+        asked = self._asked(x, torch.as_tensor(timestep).to(self.device), text)
         try:
-            return self._network(x, torch.as_tensor(timestep).to(self.device), **arguments)[0]
+            return self._network(*asked, return_dict=False)[0]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, a card that is too old, a limit of torch's
@@ -53,14 +53,14 @@ class AcceleratedModel(DiffusersModel):
                 raise torch.OutOfMemoryError(first_line(error)) from None
             reason = first_line(error)
         # Not in `except`: the error would keep the tensors of the try in memory.
-        out = self.unet(x, timestep, **arguments)[0]  # what this raises has another cause
+        out = self.denoiser(*asked, return_dict=False)[0]  # what this raises has another cause
         self._give_up_compiling(reason)
         return out
 
     def _give_up_compiling(self, reason: str) -> None:
         text = f"{self.source} does not compile here, and goes on without: {reason}"
         warnings.warn(text, stacklevel=4)
-        self.compiled, self._network = False, self.unet
+        self.compiled, self._network = False, self.denoiser
 
     @contextlib.contextmanager
     def compiling(self):
@@ -71,10 +71,10 @@ class AcceleratedModel(DiffusersModel):
         """
         if self._network is None:
             try:
-                self._network = torch.compile(self.unet, dynamic=False)  # fastest: fixed shapes
+                self._network = torch.compile(self.denoiser, dynamic=False)  # fastest: fixed shapes
             except RuntimeError as error:  # this Python or platform is not supported
                 self._give_up_compiling(first_line(error))
-        if self._network is self.unet:
+        if self._network is self.denoiser:
             yield
             return
         self._cast(memory_format=torch.channels_last)
@@ -91,7 +91,7 @@ class AcceleratedModel(DiffusersModel):
 
         Never compiled: to compile for one batch takes longer than the batch.
         """
-        half, compiled = self.unet.dtype, self.compiled
+        half, compiled = self.denoiser.dtype, self.compiled
         self.compiled = False
         self._cast(torch.float32)
         try:
@@ -103,13 +103,13 @@ class AcceleratedModel(DiffusersModel):
     def _cast(self, *dtype: torch.dtype, **layout) -> None:
         if self.device.type == "cuda":  # or the weights land in holes of the size of activations
             torch.cuda.empty_cache()
-        torch.nn.Module.to(self.unet, *dtype, **layout)  # diffusers' own `to` prints a warning
+        torch.nn.Module.to(self.denoiser, *dtype, **layout)  # diffusers' own `to` prints a warning
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         if self.decoder == "float32":
             return super().decode(latents)
-        latents = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor
+        latents = self._unscaled(latents)
         return np.concatenate([self._decode_half(x) for x in latents.split(self.together)])
 
     def _decode_half(self, latents: torch.Tensor) -> np.ndarray:

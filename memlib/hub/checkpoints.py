@@ -18,6 +18,10 @@ from memlib.hub.names import Checkpoint, at, checkpoint
 VAE, VAE_REVISION = "stabilityai/sd-vae-ft-mse", "31f26fdeee1355a5c34592e401dd41e45d25a493"
 VAE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
 PARTS = ("unet", "vae", "text_encoder")
+FLOW, FLOW_PARTS = (
+    "StableDiffusion3Pipeline",
+    ("transformer", "vae", "text_encoder", "text_encoder_2"),
+)
 ALONE = ("",)  # the folder of a network that has a repository of its own
 TENSORS = r"(diffusion_pytorch_)?model(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors"
 REFUSALS = {  # what is said of the Hub's errors, the narrower ones first
@@ -45,8 +49,8 @@ def fetch(known: Checkpoint, half: bool, parts: Collection[str] = PARTS) -> Path
         path = Path(huggingface_hub.hf_hub_download(filename=file, **where))
         if known.file:
             return path
-        if parts != ALONE:
-            check_class(name, path)
+        if parts != ALONE and check_class(name, path):
+            parts = FLOW_PARTS + ("text_encoder_3",) * known.t5
         try:
             names = [f.rfilename for f in huggingface_hub.model_info(**where).siblings]
         except Exception:  # no network, whatever its library calls that: what is here will do
@@ -64,7 +68,7 @@ def fetch(known: Checkpoint, half: bool, parts: Collection[str] = PARTS) -> Path
 def _wanted(names: list[str], half: bool, parts: Collection[str]) -> list[str]:
     """Which files of a repository make up these parts of a pipeline; ValueError if one has none."""
     wanted = ["model_index.json", "vae/config.json"]
-    wanted += [n for n in names if n.startswith(("tokenizer/", "scheduler/"))]
+    wanted += [n for n in names if n.startswith(("tokenizer", "scheduler/"))]
     for part in parts:
         files = [n for n in names if n.rpartition("/")[0] == part]
         tensors = [n for n in files if re.fullmatch(TENSORS, n.rpartition("/")[2])]
@@ -82,13 +86,17 @@ def takes_half(names: Iterable[str], half: bool) -> bool:
     return any(fp16) and (half or all(fp16))
 
 
-def check_class(name: str, index: Path) -> None:
-    """Refuse SDXL, flow matching and whatever else is no `StableDiffusionPipeline`."""
-    found = json.loads(index.read_text())
-    kind = found.get("_class_name")
-    kind = "flow-matching model" if "FlowMatch" in str(found.get("scheduler")) else kind
-    if kind != "StableDiffusionPipeline":
-        raise ModelError(f"{name} is a {kind}; supported is a StableDiffusionPipeline")
+def check_class(name: str, index: Path) -> bool:
+    """Whether a pipeline is Stable Diffusion 3's; what is neither that nor SD's is refused."""
+    found, names = json.loads(index.read_text()), ("StableDiffusionPipeline", FLOW)
+    kind, flow = str(found.get("_class_name")), "FlowMatch" in str(found.get("scheduler"))
+    if kind not in names:
+        distilled = ": its guidance is distilled, there is no second branch" * ("Flux" in kind)
+        raise ModelError(f"{name} is a {kind}{distilled}; supported are {' and '.join(names)}")
+    if flow != (kind == FLOW):
+        what = "a flow's" if flow else "a diffusion's"
+        raise ModelError(f"{name} is a {kind}, and its scheduler is {what}")
+    return flow
 
 
 def named_vae(name: str) -> Checkpoint | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from memlib.hub import names, weights
 from memlib.hub.accelerated import HALF, AcceleratedModel
 from memlib.hub.answers import CachedModel, RecordedModel, card
 from memlib.hub.checkpoints import downloaded
+from memlib.hub.flow import EMPTY, FlowModel
 from memlib.hub.manifests import load_pairs
 from memlib.models import DiffusersModel, ExactModel
 
@@ -33,11 +35,13 @@ def load(
 
     Parameters
     ----------
-    name : ``lab`` (shipped with the book), ``exact`` (the optimal denoiser of the lab's pairs),
-        ``sd14``, ``sd21``, ``sd21-base``, ``realvis14``, ``realvis20``, ``realvis51`` (see
-        `checkpoints.toml`), a Hub id ``owner/name``, or a local folder in the diffusers format; one
-        file with a whole model in the original layout: ``owner/name/file.safetensors`` or a
-        local ``.safetensors`` file. After a Hub id, ``@revision``.
+    name : ``lab`` and ``lab-flow`` (shipped with the book; the second is a flow-matching
+        transformer), ``exact`` (the optimal denoiser of the lab's pairs), ``sd14``, ``sd21``,
+        ``sd21-base``, ``realvis14``, ``realvis20``, ``realvis51``, ``sd3``, ``sd35``, ``sd35-t5``
+        (see `checkpoints.toml`), a Hub id ``owner/name``, or a local folder in the diffusers
+        format; one file with a whole model in the original layout:
+        ``owner/name/file.safetensors`` or a local ``.safetensors`` file. After a Hub id,
+        ``@revision``.
     device : ``cuda`` where there is a GPU, else ``cpu``.
     dtype : of the U-Net, ``float32``, ``float16`` or ``bfloat16``. On a GPU float16 for models
         from the Hub and for one file, else float32. States and scheduler are float32 in any case.
@@ -77,7 +81,7 @@ def load(
         if said := [option for option, value in special.items() if value is not None]:
             raise ModelError(f"the exact model has no {said[0]}: it is computed, in float64")
         return _exact(recipe)
-    known = names.checkpoint(str(name)) if str(name) != "lab" else None
+    known = names.checkpoint(str(name)) if str(name) not in names.SHIPPED else None
     if revision and not known:
         raise ModelError(f"a revision is for models of the Hub, and {name} is none")
     whole = device.startswith("cuda") and (known or Path(name).is_file())
@@ -99,8 +103,9 @@ def load(
         copy = f"{name}: the copy in {place.path} (delete it to download it anew)"
         where = copy if known else place.path
         pipe = weights.pipeline(place, network, half)
-        for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-            kind = HALF.get(dtype, torch.float32) if part is pipe.unet else torch.float32
+        denoiser = getattr(pipe, "unet", None) or pipe.transformer
+        for part in (p for p in pipe.components.values() if isinstance(p, torch.nn.Module)):
+            kind = HALF.get(dtype, torch.float32) if part is denoiser else torch.float32
             torch.nn.Module.to(part, device, kind)
     except torch.OutOfMemoryError as error:
         free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
@@ -111,8 +116,13 @@ def load(
     except weights.BROKEN as error:
         raise ModelError(f"{where} cannot be loaded: {first_line(error)}") from error
     fingerprint = f"{place.fingerprint} vae {mark}" if vae else place.fingerprint
-    model = AcceleratedModel(pipe, source, fingerprint, dtype)
+    if hasattr(pipe, "unet"):
+        model = AcceleratedModel(pipe, source, fingerprint, dtype)
+    else:
+        model = FlowModel(pipe, source, fingerprint, dtype, _places(place.path))
     if timestep_spacing:
+        if isinstance(model, FlowModel):
+            raise ModelError(f"{name} is a flow model, which has no timestep_spacing")
         model.scheduler_config["timestep_spacing"] = timestep_spacing
     model.recipe = recipe
     return CachedModel(model) if known else model
@@ -133,11 +143,17 @@ def _source(name: str | Path, known, revision: str | None, vae) -> str:
     if known:  # another revision or VAE is another model: it has traces and a name of its own
         name = names.ALIASES.get(str(name), str(name))
         return name + (f"@{revision}" if revision else "") + ("+vae" if vae else "")
-    if str(name) == "lab":
-        return "lab"
+    if str(name) in names.SHIPPED:
+        return str(name)
     # A folder is the same by its relative and its absolute path, and no folder is "lab".
     own = Path(name).resolve().name
     return f"./{own}" if own in names.NAMES else own
+
+
+def _places(folder: Path) -> int:
+    """`max_sequence_length`, where a folder's training says so."""
+    facts = folder / "training.json"
+    return json.loads(facts.read_text())["max_sequence_length"] if facts.exists() else EMPTY
 
 
 def _device(device: str | None) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from memlib.paths import LAB, LAB_FLOW
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -21,6 +23,7 @@ class Checkpoint:
     config: str = ""
     vae: str = ""
     sha256: str = ""
+    t5: bool = False
     note: str = ""
     aliases: Sequence[str] = ()
 
@@ -32,7 +35,8 @@ class Checkpoint:
 TABLE = tomllib.loads(Path(__file__).with_name("checkpoints.toml").read_text())
 CHECKPOINTS = {name: Checkpoint(**fields) for name, fields in TABLE.items()}
 ALIASES = {alias: name for name, known in CHECKPOINTS.items() for alias in known.aliases}
-NAMES = ("lab", "exact", *CHECKPOINTS, *ALIASES)
+SHIPPED = {"lab": LAB, "lab-flow": LAB_FLOW}
+NAMES = (*SHIPPED, "exact", *CHECKPOINTS, *ALIASES)
 
 
 def checkpoint(name: str) -> Checkpoint | None:

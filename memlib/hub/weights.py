@@ -14,16 +14,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from memlib.errors import ModelError, first_line, nearest
-from memlib.hub import checkpoints
+from memlib.hub import checkpoints, flow
 from memlib.hub.checkpoints import PARTS, takes_half
 from memlib.hub.files import sha256, verify
-from memlib.hub.names import NAMES, Checkpoint
+from memlib.hub.names import NAMES, SHIPPED, Checkpoint
 from memlib.models import quiet
-from memlib.paths import CONFIGS, LAB
+from memlib.paths import CONFIGS
 
 try:  # a fault of a package is not said to be a model's
     with quiet():
-        from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+        from diffusers import (
+            AutoencoderKL,
+            StableDiffusion3Pipeline,
+            StableDiffusionPipeline,
+            UNet2DConditionModel,
+        )
         from diffusers.loaders.single_file_utils import SingleFileComponentError
         from transformers import CLIPTextModel, CLIPTokenizer
 except (ImportError, RuntimeError) as error:  # the latter of diffusers' late imports
@@ -77,19 +82,20 @@ def on_hub(known: Checkpoint, half: bool, own_vae: bool = True) -> Place:
         config = _config(path, known.config or None)
         stamp += f" {path.relative_to(root).as_posix()} config {hash_files(config)[:12]}"
         return Place(path, config, stamp)
-    fp16 = any(takes_half(os.listdir(path / part), half) for part in parts)
+    folders = [path / part for part in parts if (path / part).is_dir()]
+    fp16 = any(takes_half(os.listdir(folder), half) for folder in folders)
     return Place(path, path, stamp + " fp16" * fp16, known.sha256)
 
 
 def local(name: str | Path, config: str | Path | None = None) -> Place:
     """A folder in the diffusers format, or one ``.safetensors`` file with a whole model."""
-    path = LAB if str(name) == "lab" else Path(name)
+    path = SHIPPED.get(str(name), Path(name))
     if path.is_file():
         refuse(path, (path.suffix != ".safetensors", " is no .safetensors: a pickle can run code"))
         folder = _config(path, config)
         return Place(path, folder, f"{sha256(path)} config {hash_files(folder)}")
     missing = f"unknown model {str(name)!r}, and no such file or folder{nearest(str(name), NAMES)}"
-    if path == LAB:
+    if str(name) in SHIPPED:
         missing = f"the lab's weights are not here ({path}): install memlib from a clone"
     index = path / "model_index.json"
     refuse(
@@ -99,7 +105,7 @@ def local(name: str | Path, config: str | Path | None = None) -> Place:
         (not index.exists(), f"{path} is no diffusers pipeline: it has no {index.name}"),
     )
     checkpoints.check_class(str(path), index)
-    if path == LAB or (path / "SHA256SUMS").exists():
+    if str(name) in SHIPPED or (path / "SHA256SUMS").exists():
         verify(path, lambda name: name.endswith(WEIGHTS))
     return Place(path, path, hash_files(path))
 
@@ -134,6 +140,8 @@ def pipeline(place: Place, vae=None, half: bool = False):
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     options |= {"vae": vae} if vae else {}
     parts = [part for part in PARTS if part not in options]
+    if place.path.is_dir() and checkpoints.check_class(str(place.path), _index(place.path)):
+        return _flow(place, vae, half)
     if place.path.is_file():
         pipe = _of_file(place, parts, options)
     else:
@@ -145,16 +153,37 @@ def pipeline(place: Place, vae=None, half: bool = False):
     return pipe
 
 
+def _index(folder: Path) -> Path:
+    return folder / "model_index.json"
+
+
+def _flow(place: Place, vae, half: bool) -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3's pipeline; T5 is left out where it is not in the folder."""
+    here = (place.path / "text_encoder_3").is_dir()
+    options = {} if here else {"text_encoder_3": None, "tokenizer_3": None}
+    for part, kind in flow.KINDS.items():
+        if part == "vae" and vae:
+            options[part] = vae
+        elif (place.path / part).is_dir():
+            options[part] = load_part(place.path / part, part, half, kind=kind)
+        elif part != "text_encoder_3":
+            raise ModelError(f"{place.path}: its {part} is missing, and only T5 may be")
+    pipe = StableDiffusion3Pipeline.from_pretrained(place.path, local_files_only=True, **options)
+    _whole(place, pipe, [part for part in flow.KINDS if options[part]])
+    refuse(f"{place.path}: ", *flow.faults(pipe, _sides(pipe.transformer)))
+    return pipe
+
+
 @quiet()
-def load_part(folder: Path, part: str, half: bool = False, published: str = ""):
+def load_part(folder: Path, part: str, half: bool = False, published: str = "", kind=None):
     """One network of a diffusers folder, loaded strictly; `published` is a sha256 to have."""
     options = {"variant": "fp16"} if takes_half(os.listdir(folder), half) else {}
     file = folder / "diffusion_pytorch_model.safetensors"
     if published and not options and sha256(file) != published:
         raise ModelError(f"{file} is not the published one (its sha256 differs): delete it")
-    if part == "text_encoder":  # else its config may say to round what the file holds
+    if part.startswith("text_encoder"):  # else its config may say to round what the file holds
         options["dtype"] = torch.float32
-    model, report = KINDS[part].from_pretrained(
+    model, report = (kind or KINDS[part]).from_pretrained(
         folder, use_safetensors=True, local_files_only=True, output_loading_info=True,
         ignore_mismatched_sizes=True, **options,
     )  # fmt: skip
@@ -241,12 +270,9 @@ def _check(place: Place, pipe) -> None:
     own = place.config / "vae" / "config.json"
     own = json.loads(own.read_text()) if own.is_file() else {}
     own_scale = own.get("scaling_factor", vae.scaling_factor)
-    sides = {*np.ravel(unet.sample_size or 0).tolist()}
+    sides = _sides(pipe.unet)
     channels = (unet.in_channels, unet.out_channels, vae.latent_channels)
-    for part in PARTS:
-        tensors = getattr(pipe, part).state_dict().values()
-        if any(tensor.is_meta or not tensor.isfinite().all() for tensor in tensors):
-            raise ModelError(f"{place.path}: its {part} has weights missing or not finite")
+    _whole(place, pipe, PARTS)
     refuse(
         f"{place.path}: ",
         (not vae.scaling_factor or vae.scaling_factor != own_scale,
@@ -270,3 +296,14 @@ def _check(place: Place, pipe) -> None:
         (len(sides) > 1 or min(sides) < 1,
          f"its sample_size is {unet.sample_size}; supported is one side of square latents, as 64"),
     )  # fmt: skip
+
+
+def _sides(network) -> set[int]:
+    return {*np.ravel(network.config.sample_size or 0).tolist()}
+
+
+def _whole(place: Place, pipe, parts) -> None:
+    for part in parts:
+        tensors = getattr(pipe, part).state_dict().values()
+        if any(tensor.is_meta or not tensor.isfinite().all() for tensor in tensors):
+            raise ModelError(f"{place.path}: its {part} has weights missing or not finite")

@@ -29,7 +29,7 @@ from scipy.special import expit, ndtri
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from memlib.lab import train
-from memlib.lab.scenes import DATA, world
+from memlib.lab.scenes import world
 from memlib.paths import LAB_FLOW
 
 WORDS = 20  # tokens of a caption that are read; the longest caption of the world has 16
@@ -101,8 +101,9 @@ class OneForMany:
             (encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj,
              attn.norm_added_q, attn.norm_added_k),
         ):  # fmt: skip
-            heads = [layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in (q, k, v)]
-            parts.append((norm_q(heads[0]), norm_k(heads[1]), heads[2]))
+            heads = (layer(x).unflatten(-1, (attn.heads, -1)) for layer in (q, k, v))
+            query, key, value = (head.transpose(1, 2) for head in heads)
+            parts.append((norm_q(query), norm_k(key), value))
         query, key, value = (torch.cat(pair, 2) for pair in zip(*parts, strict=True))
         weight = torch.zeros(key.shape[2], dtype=key.dtype, device=key.device)
         weight[-1] = math.log(EMPTY)

@@ -20,7 +20,7 @@ from memlib.measures import descriptor
 from memlib.prompts import image_files
 from memlib.runs import cost
 from memlib.sampler import not_finite, sample
-from memlib.schedule import Guidance, guidance_values, make_scheduler
+from memlib.schedule import Guidance, guidance_values, is_flow, make_scheduler, signal_and_noise
 from memlib.trace import (
     attributes,
     contract,
@@ -279,7 +279,8 @@ def forward_trace(
 
     Parameters
     ----------
-    timesteps : training timesteps, 0 ... 999; the dim `step` has one entry for each.
+    timesteps : training timesteps, 0 ... 999; the dim `step` has one entry for each. Of a flow
+        model up to 1000, where there is noise alone.
     draws : noises for each image and timestep.
     batch_size : noisy images at once; by default 64 on a CPU, and what fits on a GPU.
 
@@ -295,10 +296,17 @@ def forward_trace(
         raise ValueError(f"a forward trace noises training images, and {missing[0]} has none")
     if draws < 1:
         raise ValueError(f"draws={draws} must be at least 1")
-    scheduler = make_scheduler(model.scheduler_config, "ddim", 1, model.dtype)
-    table, levels = scheduler.alphas_cumprod.double(), torch.as_tensor(list(timesteps))
-    if levels.is_floating_point() or levels.min() < 0 or levels.max() >= len(table):
-        raise ValueError(f"timesteps must be whole numbers in 0 ... {len(table) - 1}")
+    levels, flow = torch.as_tensor(list(timesteps)), is_flow(model.scheduler_config)
+    if flow:
+        sigma = levels.double() / model.scheduler_config["num_train_timesteps"]
+        alpha_bar, last = (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2), 1000
+    else:
+        table = make_scheduler(model.scheduler_config, "ddim", 1, model.dtype).alphas_cumprod
+        sigma, last = None, len(table) - 1
+    if levels.is_floating_point() or levels.min() < 0 or levels.max() > last:
+        raise ValueError(f"timesteps must be whole numbers in 0 ... {last}")
+    alpha_bar = alpha_bar if flow else table.double()[levels]
+    signal, share = (v[:, None, None, None] for v in signal_and_noise(alpha_bar, sigma))
     x_0 = _targets(model, pairs).double()
     generators = [torch.Generator().manual_seed(d) for d in range(draws)]
     noise = torch.stack(
@@ -310,8 +318,8 @@ def forward_trace(
 
     def record(part):  # all of one prompt
         p, d, i = (torch.tensor(index) for index in zip(*part, strict=True))
-        t, a = levels[i], table[levels[i]][:, None, None, None]
-        x_t = a.sqrt() * x_0[p] + (1 - a).sqrt() * noise[d]  # [row, c, h, w], float64
+        t = levels[i]
+        x_t = signal[i] * x_0[p] + share[i] * noise[d]  # [row, c, h, w], float64
         cond, uncond = model.encode_text([pairs.caption[int(p[0])]])
         text = torch.cat([c.expand(len(part), *c.shape[1:]) for c in (uncond, cond)])
         x, t = x_t.to(model.device, model.dtype), t.to(model.device)
@@ -323,13 +331,13 @@ def forward_trace(
             return out
 
         out, _ = in_float32_where_needed(model, run)
-        eps_uncond, eps_cond = (model.to_epsilon(o.double().cpu(), x_t, a) for o in out.chunk(2))
-        columns = {
-            "x_t": x_t, "eps_uncond": eps_uncond, "eps_cond": eps_cond, "x_0": x_0[p],
-            "x_T": noise[d], "x_gen": torch.full_like(x_t, torch.nan),
-            "noise": torch.zeros_like(x_t),
-        }  # fmt: skip
-        return gram_matrix(torch.stack([columns[v].flatten(1) for v in VECTORS], 1)).numpy()
+        said = out.double().cpu().chunk(2)
+        if not flow:
+            a = alpha_bar[i][:, None, None, None]
+            said = [model.to_epsilon(o, x_t, a) for o in said]
+        zero = torch.zeros_like(x_t)
+        vectors = (x_t, *said, x_0[p], noise[d], zero * torch.nan, zero)  # in the order of VECTORS
+        return gram_matrix(torch.stack([v.flatten(1) for v in vectors], 1)).numpy()
 
     with progress_bar(total, "forward", progress) as bar:
         for p in range(len(pairs)):
@@ -339,7 +347,7 @@ def forward_trace(
                 bar.update(len(part))
     trace = xr.Dataset(
         {"gram": (("prompt", "draw", "step", "vec", "vec_"), grams)},
-        {"draw": range(draws), **coords(pairs, levels.numpy(), table[levels].numpy())},
+        {"draw": range(draws), **coords(pairs, levels.numpy(), alpha_bar.numpy(), sigma)},
     )
     trace.attrs = attributes(model, "forward", "none")
     return trace
