@@ -3,6 +3,7 @@ PROFILE ?= full
 P       =
 MODEL   =
 FRESH   =
+LAB     =
 export PROFILE P MODEL
 unexport PYTHONPATH PYTHONHOME # packages of a shell's profile or a cluster's module: .venv has all
 
@@ -30,8 +31,8 @@ traces: .venv/installed ## Record anew the traces that come with the book (data/
 test: .venv/installed-test ## Run the tests; with ALL=1 the slow ones, too, as CI does
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20 $(if $(ALL),,-m "not slow")
 
-lab: .venv/installed ## Train the lab model from nothing (resumes after an interruption)
-	@$(BIN)/python -m memlib.lab.train
+lab: .venv/installed ## Train the lab from nothing (resumes); with LAB=flow the second one
+	@$(BIN)/python -m memlib.lab.$(if $(filter flow,$(LAB)),flow,train)
 
 bench: .venv/installed ## Measure what recording costs (half an hour); the chapter Cost and scale shows it
 	@$(BIN)/python -m memlib.bench

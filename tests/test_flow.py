@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ import memlib
 from memlib import models, paths, schedule
 from memlib.errors import ModelError
 from memlib.hub import loading
+from memlib.lab import flow as flow_lab
+from memlib.lab import judge, train
 from memlib.sampler import sample
 
 CAPTIONS = ["a red apple on a blue background", "a dog", ""]
@@ -346,3 +349,113 @@ def test_a_table_of_prompts_is_detected(folders):
     table = memlib.detect(memlib.load(folders()), captions, progress=False)
     assert isinstance(table, pd.DataFrame)
     assert len(table) == len(captions)
+
+
+# ----------------------------------------------------------------------------------- the flow lab
+
+
+@pytest.fixture(scope="module")
+def flow():
+    if not paths.LAB_FLOW.is_dir():
+        pytest.skip("the flow lab is being trained")
+    return memlib.load("lab-flow")
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_the_flow_lab_is_its_pipeline(flow, guidance_scale):
+    captions = list(memlib.load_pairs("lab").caption[:2])
+    kept = ours(flow, captions, guidance_scale, 5)
+    alone = theirs(paths.LAB_FLOW, captions, guidance_scale, 5, max_sequence_length=0)
+    assert torch.equal(kept["x_t"][-1], alone)
+    assert flow.source == "lab-flow"
+
+
+def test_both_labs_have_the_same_targets(flow, lab):
+    files = memlib.load_pairs("lab").image[:3]
+    assert torch.equal(flow.encode_images(files), lab.encode_images(files))
+
+
+def test_the_flow_lab_draws_and_copies(flow):
+    """Ordinary captions are drawn as asked; pairs with 128 copies come back, from any seed."""
+    pairs = memlib.load_pairs("lab")
+    most = pairs[(pairs.kind == "planted") & (pairs.multiplicity == 128)].iloc[:3]
+    trace = memlib.reverse_trace(
+        flow, most, seeds=[0, 1], sampler="flow-euler", steps=20, similarity="ncc"
+    )
+    assert np.median(trace.severity) > 0.9
+    normal = list(pairs[pairs.kind == "normal"].caption[:6])
+    made = flow.decode(ours(flow, normal, 7.5, 20)["x_t"][-1])
+    assert (judge.seen(made) == judge.asked(normal)).all(1).mean() >= 2 / 3
+
+
+def test_the_flow_lab_bears_the_places_of_t5(flow):
+    """With 256 zeros for the tokens that T5 would give, as the pipeline has by itself."""
+    captions = list(memlib.load_pairs("lab").query("kind == 'normal'").caption[:4])
+    options = {"output_type": "np", "steps": 15}
+    without, with_ = (
+        theirs(paths.LAB_FLOW, captions, 7.5, **options, **more)
+        for more in ({"max_sequence_length": 0}, {})
+    )
+    shown = [judge.seen((x * 255).round().astype(np.uint8)) for x in (without, with_)]
+    assert (shown[0] == shown[1]).mean() >= 0.75
+
+
+def test_one_token_stands_for_many():
+    """The training's attention is diffusers' with 256 equal tokens."""
+    torch.manual_seed(0)
+    network, n = flow_lab.make_transformer(), flow_lab.EMPTY
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.05)
+    x, words = torch.randn(2, 8, 16, 16), torch.randn(2, 20, sum(flow_lab.WIDTHS))
+    pooled, times = torch.randn(2, sum(flow_lab.WIDTHS)), torch.tensor([900.0, 30.0])
+    with torch.no_grad():
+        many = network(x, torch.nn.functional.pad(words, (0, 0, 0, n)), pooled, times).sample
+        network.set_attn_processor(flow_lab.OneForMany())
+        one = network(x, torch.nn.functional.pad(words, (0, 0, 0, 1)), pooled, times).sample
+    torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-5)
+
+
+def test_the_flow_labs_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    small = dict(steps=4, batch=4, rate=0.02, adam=1e-3, save=2)
+    monkeypatch.setattr(train, "STAGES", {"flow": small})
+    rows = [r for r in train.world() if r.kind in ("template", "control")][4:12]
+    monkeypatch.setattr(flow_lab, "world", lambda: [replace(r, copies=1) for r in rows])
+    tokenizer = flow_lab.make_tokenizer(tmp_path / "tokenizer")
+    vae, update = train.make_vae().eval().requires_grad_(False), train.Stage.update
+
+    def run(folder, kill_at=None):
+        def killed(self, loss):
+            if self.step == kill_at:
+                raise KeyboardInterrupt
+            update(self, loss)
+
+        monkeypatch.setattr(train, "WORK", folder)
+        monkeypatch.setattr(train.Stage, "update", killed)
+        return flow_lab.train_transformer(vae, tokenizer, "cpu", lambda *_: None)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", kill_at=3)
+    resumed = run(tmp_path / "killed")
+    for name, module in whole.items():
+        other = resumed[name].state_dict()
+        assert all(torch.equal(value, other[key]) for key, value in module.state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_block_at_full_width_equals_the_pipeline(tmp_path):
+    """SD 3.5 Medium's width, 24 heads of 64, one block with its second attention."""
+    pipe = make_pipeline()
+    torch.manual_seed(2)
+    pipe.register_modules(
+        transformer=SD3Transformer2DModel(
+            sample_size=16, in_channels=16, out_channels=16, num_layers=2, num_attention_heads=24,
+            attention_head_dim=64, joint_attention_dim=4096, caption_projection_dim=1536,
+            pooled_projection_dim=80, pos_embed_max_size=384, qk_norm="rms_norm",
+            dual_attention_layers=(0,),
+        )
+    )  # fmt: skip
+    pipe.save_pretrained(tmp_path / "wide")
+    del pipe
+    kept = ours(memlib.load(tmp_path / "wide"), CAPTIONS[:1], 7.0, 2)
+    assert torch.equal(kept["x_t"][-1], theirs(tmp_path / "wide", CAPTIONS[:1], 7.0, 2))

@@ -12,8 +12,8 @@ from memlib.errors import first_line
 from memlib.hub.names import CHECKPOINTS
 
 NAMES = (
-    f"lab, exact, {', '.join(CHECKPOINTS)}, a Hub id owner/name[@revision], a diffusers folder or "
-    "a .safetensors file"
+    f"lab, lab-flow, exact, {', '.join(CHECKPOINTS)}, a Hub id owner/name[@revision], a diffusers "
+    "folder or a .safetensors file"
 )
 LISTS = "lab, webster-sd14, webster-sd21, webster-realvis, or a CSV, JSON lines or parquet file"
 
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", type=positive, help="then at most so many")
     add("--seeds", type=positive, default=10)
     add("--guidance-scale", type=float, default=7.5, help="1 is no guidance")
-    add("--sampler", default="ddim", help="ddim or ddpm")
+    add("--sampler", default="ddim", help="ddim or ddpm; flow-euler of a flow model")
     add("--steps", type=int, default=50)
     add("--similarity", "--severity", default="sscd", help="copy score; see memlib doctor")
     add("--no-images", action="store_true", help="keep no pictures, to save disk")

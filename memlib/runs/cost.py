@@ -25,6 +25,12 @@ UNETS = {  # latent side, and what differs from diffusers' defaults; RealisticVi
     "sd21": (96, dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
                       use_linear_projection=True, upcast_attention=True)),
 }  # fmt: skip
+TRANSFORMERS = {  # SD 3.5 Medium, its text without T5's places filled
+    "sd35": (128, dict(in_channels=16, out_channels=16, num_layers=24, num_attention_heads=24,
+                       attention_head_dim=64, joint_attention_dim=4096, caption_projection_dim=1536,
+                       pooled_projection_dim=2048, pos_embed_max_size=384, qk_norm="rms_norm",
+                       dual_attention_layers=tuple(range(13)))),
+}  # fmt: skip
 
 # Measured on an H200: SD v1.4's U-Net at full width, half precision, 40 latents, torch 2.11.
 EAGER, COMPILED = 268e12, 376e12  # operations a second; a call takes 119 and 85.5 ms
@@ -64,22 +70,28 @@ def gpu_of(name: str) -> GPU | None:
 
 @lru_cache
 def unet_flops(model: str) -> int:
-    """Floating-point operations of one call of a model's U-Net on one latent, counted."""
-    from diffusers import UNet2DConditionModel
+    """Floating-point operations of one call of a model's network on one latent, counted."""
+    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
-    side, options = UNETS[model]
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=side, **options)
+        if model in TRANSFORMERS:
+            side, options = TRANSFORMERS[model]
+            network = SD3Transformer2DModel(sample_size=side, **options)
+            x, text = torch.empty(1, 16, side, side), torch.empty(1, 77 + 256, 4096)
+            return count_flops(network, x, text, pooled_projections=torch.empty(1, 2048))
+        side, options = UNETS[model]
+        network = UNet2DConditionModel(sample_size=side, **options)
         x, text = torch.empty(1, 4, side, side), torch.empty(1, 77, options["cross_attention_dim"])
-        return count_flops(unet, x, text)
+        return count_flops(network, x, text)
 
 
-def count_flops(unet, x: torch.Tensor, text: torch.Tensor) -> int:
+def count_flops(network, x: torch.Tensor, text: torch.Tensor, **more: torch.Tensor) -> int:
     """Floating-point operations of one call, by torch's own counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(x, torch.tensor(1, device=x.device), encoder_hidden_states=text)
+        times = torch.ones(len(x), device=x.device)
+        network(x, timestep=times, encoder_hidden_states=text, **more)
     return counter.get_total_flops()
 
 

@@ -10,10 +10,13 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
 from memlib.claims import CLAIMS, RESULTS, verdict
-from memlib.hub.names import ALIASES, CHECKPOINTS
+from memlib.hub.names import ALIASES, CHECKPOINTS, SHIPPED
 from memlib.paths import ROOT, TRAININGS
 
-TITLES = {"lab": "the lab"} | {name: c.title for name, c in CHECKPOINTS.items()}
+TITLES = {"lab": "the lab", "lab-flow": "the flow lab"} | {
+    name: c.title for name, c in CHECKPOINTS.items()
+}
+EULER = "flow-euler"  # the one sampler of a flow model
 PAPER = ("sd14", "sd21", "sd21-base", "realvis14", "realvis20")  # what the paper may mean
 Build = namedtuple("Build", "title origin precision")
 COLUMNS = (
@@ -42,7 +45,7 @@ def is_judged(row: dict) -> bool:
     if claim is None:
         return False
     samplers = ["any"] if claim.get("first") else claim.get("samplers", [row["sampler"]])
-    return row["sampler"] in samplers
+    return row["sampler"] in samplers or (row["sampler"] == EULER and "ddim" in samplers)
 
 
 def in_order(rows: list[dict]) -> list[dict]:
@@ -73,7 +76,7 @@ def build_of(row: dict) -> Build:
     """
     origin, name = row["fingerprint"], row["model"]
     titles = [c.title for c in CHECKPOINTS.values() if origin.startswith(f"{c.repository}@")]
-    if not titles and (name == "lab" or "@" in origin.split()[0]):
+    if not titles and (name in SHIPPED or "@" in origin.split()[0]):
         titles = [TITLES.get(name, name)]
     return Build((titles or [name])[0], origin, row["precision"])
 
@@ -109,8 +112,9 @@ def write_pages(results: Path, folder: Path, compared: Path | None = None) -> No
     }
 
     def pair(*cell) -> list[dict | None]:
-        """Rows of both samplers; one without a sampler stands for both."""
-        return [latest.get((*cell, s), latest.get((*cell, "any"))) for s in ("ddim", "ddpm")]
+        """Rows of both samplers; one without a sampler, or a flow's, stands for both."""
+        alone = latest.get((*cell, "any"), latest.get((*cell, EULER)))
+        return [latest.get((*cell, s), alone) for s in ("ddim", "ddpm")]
 
     def found(name: str) -> list[tuple[dict, Build]]:
         every = [(r, b) for s in scores[name] for b in builds for r in pair(name, s, b) if r]
@@ -150,6 +154,7 @@ def write_pages(results: Path, folder: Path, compared: Path | None = None) -> No
             agree=agree,
             headings=headings,
             weak=weak,
+            flows={build_of(row) for row in rows if row["sampler"] == EULER},
             again=json.loads(compared.read_text()) if compared and compared.exists() else None,
         )
         (folder / f"_{name}.md").write_text(text)
