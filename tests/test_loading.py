@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from test_checkpoints import CAPTIONS, folders, hub, make_vae, ours, theirs  # noqa: F401
+from test_flow import make_pipeline as make_flow
 from transformers import CLIPTokenizer
 
 import memlib
@@ -579,6 +581,29 @@ print(memlib.load("some/novae", vae="some/vae").fingerprint)
     first, second = out.strip().splitlines()
     assert "no weights in safetensors format (vae/)" in first
     assert " vae some/vae@" in second
+
+
+def test_a_flow_model_of_the_hub(hub):  # noqa: F811
+    """T5 is downloaded by those who ask for it, and the two are two models."""
+    make_flow(t5=True).save_pretrained(hub.handler.folder / "some/flow")
+    script = """
+from memlib.hub import names
+names.CHECKPOINTS["with-t5"] = names.Checkpoint("X", "some/flow", t5=True)
+for name in NAMES:
+    model = memlib.load(name)
+    print(model.source, model.pipe.text_encoder_3 is not None, model.fingerprint, sep="|")
+"""
+    status, out, error = hub(script.replace("NAMES", "['some/flow']"))
+    assert status == 0, error
+    assert out.startswith("some/flow|False|some/flow@")
+    (snapshot,) = Path(hub.environment["HF_HOME"]).glob("hub/models--some--flow/snapshots/*")
+    assert (snapshot / "text_encoder_2/model.safetensors").exists()
+    assert not (snapshot / "text_encoder_3").exists()
+    status, out, error = hub(script.replace("NAMES", "['with-t5', 'some/flow']"))
+    assert status == 0, error
+    with_t5, without = (line.split("|") for line in out.strip().splitlines())
+    assert (with_t5[1], without[1]) == ("True", "False")  # though it lies beside the others now
+    assert with_t5[2] == f"{without[2]} t5"
 
 
 def test_a_pinned_sum(hub):  # noqa: F811

@@ -132,17 +132,19 @@ def test_sampling_again_finds_what_changed(shipped):
     assert traces.compare() is None
 
 
-def test_the_shipped_ones_are_whole_and_of_the_shipped_lab(lab):
+def test_the_shipped_ones_are_whole_and_of_the_shipped_labs():
+    known = {name: memlib.load(name).fingerprint for name in traces.SHIPPED}
     files = sorted(TRACES.glob("*.zip"))
     assert files
     lines = (TRACES / "SHA256SUMS").read_text().splitlines()
     assert lines == [f"{sha256(file)}  {file.name}" for file in files]
-    assert sum(file.stat().st_size for file in files) <= 30_000_000
+    assert sum(file.stat().st_size for file in files) <= traces.BUDGET
     for file in files:
         about = packed.read_about(file)
         assert about["by"].keys() == {"commit", "date", "machine"}
         if not file.name.startswith("kept-"):  # an experiment of a chapter, known by its source
-            assert about["identity"]["model"]["fingerprint"] == lab.fingerprint
+            model = about["identity"]["model"]
+            assert model["fingerprint"] == known[model["source"]]
             assert json.loads(about["attrs"]["versions"])["torch"]
 
 
@@ -167,7 +169,52 @@ def test_the_traces_of_a_book_are_packed_within_the_budget(lab, tmp_path, monkey
     abouts = {file: packed.read_about(file) for file in files}
     assert all(about["by"]["machine"] and about["by"]["commit"] for about in abouts.values())
     pictured = max(files, key=lambda f: f.stat().st_size)
+    other = xr.Dataset({"v": (("prompt", "seed"), np.zeros((2, 1)))})
+    packed.pack(other, made / "kept-seen-abc-place.zip", source="lab")
+    before = {file.name: file.read_bytes() for file in files}
+    traces.make(made, add=True)  # what is there stays, bit for bit
+    added = {file.name: file.read_bytes() for file in there.glob("*.zip")}
+    assert {name: added.pop(name) for name in before} == before
+    assert list(added) == ["kept-seen-abc.zip"]
+    (made / "kept-seen-abc-place.zip").unlink()
     monkeypatch.setattr(traces, "BUDGET", sum(f.stat().st_size for f in files) - 1)
     traces.make(made)
     assert {f.name for f in there.glob("*.zip")} == {f.name for f in files} - {pictured.name}
     assert "2 of 3 files" in capsys.readouterr().out
+
+
+def test_shipped_results_are_proved_from_nothing(lab, tmp_path, monkeypatch):
+    """Each against a fresh one; the note is of this code, these packages and these files."""
+    made, there = tmp_path / "made", tmp_path / "data/traces"
+    there.mkdir(parents=True)
+    monkeypatch.setenv("MEMLIB_CACHE", str(made))
+    monkeypatch.setattr(traces, "TRACES", there)
+    pairs = memlib.load_pairs("lab").iloc[:2]
+    trace = memlib.cached(memlib.reverse_trace, lab, pairs, seeds=[0], steps=2, similarity="ncc")
+    kept = xr.Dataset({"v": (("prompt", "seed"), np.arange(8.0).reshape(2, 4))})
+    packed.pack(kept, made / "kept-measured-abc-place.zip", source="lab")
+    traces.make(made)
+    assert not traces.proved()
+    traces.prove(made)
+    assert traces.proved()
+    monkeypatch.setattr(traces, "version", lambda package: "another")
+    assert not traces.proved()
+    monkeypatch.undo()
+    monkeypatch.setattr(traces, "TRACES", there)
+    assert traces.proved()
+
+    wrong = kept.copy(deep=True)
+    wrong["v"][1] += 1.0
+    packed.pack(wrong, made / "kept-measured-abc-place.zip", source="lab")
+    with pytest.raises(ValueError, match=r"kept-measured-abc.zip: v differs by 0\.14"):
+        traces.prove(made)
+    packed.pack(kept, made / "kept-measured-abc-place.zip", source="lab")
+    (file,) = there.glob("reverse_trace-*.zip")
+    about = packed.read_about(file)
+    about = {name: about[name] for name in ("identity", "seeds", "by", "prompts")}
+    packed.pack(trace.assign(severity=trace.severity + 0.1), file, **about)
+    with pytest.raises(ValueError, match=r"reverse_trace-\w+.zip: severity differs by 0\.1"):
+        traces.prove(made)
+    (made / "kept-measured-abc-place.zip").unlink()
+    with pytest.raises(ValueError, match="has no kept-measured-abc: run make book FRESH=1 first"):
+        traces.prove(made)

@@ -1,16 +1,21 @@
 """The traces that come with the book, in ``data/traces``: made, and compared with new ones.
 
     make traces                                      # records them all anew and packs them
+    python -m memlib.bench.traces --add _build/traces    # packs what a book had to record
     python -m memlib.bench.traces --compare FILE     # samples some again; what differs, as JSON
+    python -m memlib.bench.traces --prove _build/fresh   # all of them, against `make book FRESH=1`
+    python -m memlib.bench.traces --proved           # whether that was done with this code
 
 `memlib.cached` takes them by weights and settings, whatever has become of the code. So `make book`
 samples some prompts of them again, others each time, and stops where they are no longer what this
-code makes.
+code makes. When code that makes their numbers has changed, all of them are proved from nothing:
+``data/traces/PROVED`` says with which code that was done last, and CI does it where it was not.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import shutil
@@ -18,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -25,22 +31,29 @@ import torch
 import xarray as xr
 
 import memlib
-from memlib.hub.files import sha256, whole
-from memlib.paths import ROOT, TRACES
-from memlib.runs import packed
+from memlib.hub.files import code, sha256, whole
+from memlib.hub.names import SHIPPED
+from memlib.paths import LAB, LAB_FLOW, REDRAWN, ROOT, TRACES
+from memlib.runs import MAKES, kept, packed
 from memlib.runs.store import Run
 
-BUDGET = 30_000_000  # bytes of all files
+BUDGET = 34_000_000  # bytes of all files
+PROVED = "PROVED"
+# what makes the numbers of shipped results, besides what makes traces
+ALSO = ("detection", "mitigation", "lab")
 SHARE = 0.02  # of the prompts, sampled again with each book
 # Another processor rounds otherwise, and sampling makes more of it: scalar products by the lengths
 # of their vectors, severities, grey levels of 255 (mean over a picture).
 TOLERANCE = {"gram": 0.01, "severity": 0.02, "image": 1.0}
 
 
-def make(folder: Path) -> None:
-    """Pack what a book has recorded in a cache of its own; the dearest for its size, first."""
+def make(folder: Path, add: bool = False) -> None:
+    """Pack what a book has recorded in a cache of its own; the dearest for its size, first.
+
+    With `add` what is there stays, and what it lacks is added.
+    """
     runs = [Run(path.parent) for path in sorted(folder.glob("*/plan.json"))]
-    runs = [run for run in runs if run.planned()["identity"]["model"]["source"] == "lab"]
+    runs = [run for run in runs if run.planned()["identity"]["model"]["source"] in SHIPPED]
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=ROOT, capture_output=True, text=True,
@@ -48,8 +61,12 @@ def make(folder: Path) -> None:
     by = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": _processor()}
     with tempfile.TemporaryDirectory(dir=TRACES.parent) as scratch:
         made = {}
+        for file in TRACES.glob("*.zip") if add else ():
+            made[Path(shutil.copy(file, scratch))] = np.inf
         for run in runs:
-            plan, name = run.plan, Path(run.address).name.rsplit("-", 1)[0]
+            plan, name = run.planned(), Path(run.address).name.rsplit("-", 1)[0]
+            if Path(scratch, f"{name}.zip") in made:
+                continue
             about = {
                 "identity": plan["identity"], "seeds": plan["seeds"], "by": by,
                 "prompts": [row["prompt_id"] for row in plan["prompts"]],
@@ -60,6 +77,8 @@ def make(folder: Path) -> None:
             print(f"{name}: {file.stat().st_size / 1e6:.2f} MB, {_calls(about)} calls", flush=True)
         for kept in folder.glob("kept-*.zip"):  # experiments of chapters (`memlib.runs.kept`)
             file = Path(scratch) / f"{kept.stem.rsplit('-', 1)[0]}.zip"
+            if file in made:
+                continue
             packed.pack(xr.Dataset(packed.unpack(kept)), file, **packed.read_about(kept), by=by)
             made[file] = np.inf
         shutil.rmtree(TRACES, ignore_errors=True)
@@ -98,7 +117,10 @@ def compare(share: float = SHARE, seed: int | None = None) -> dict | None:
         A file is damaged, or a difference is larger than `TOLERANCE`: which, and by how much.
     """
     seed = time.time_ns() % 1_000_000 if seed is None else seed
-    model, listed = memlib.load("lab").uncached, memlib.load_pairs("lab")
+    models, listed = (
+        {name: memlib.load(name).uncached for name in SHIPPED},
+        memlib.load_pairs("lab"),
+    )
     files = sorted(TRACES.glob("*.zip"))
     sums = dict(line.split()[::-1] for line in (TRACES / "SHA256SUMS").read_text().splitlines())
     for name in sorted(sums.keys() | {file.name for file in files}):
@@ -108,7 +130,8 @@ def compare(share: float = SHARE, seed: int | None = None) -> dict | None:
                 "git checkout -- data/traces restores it"
             )
     abouts = {file: packed.read_about(file) for file in files if not file.name.startswith("kept-")}
-    if any(a["identity"]["model"]["fingerprint"] != model.fingerprint for a in abouts.values()):
+    known = {file: about["identity"]["model"] for file, about in abouts.items()}
+    if any(models[m["source"]].fingerprint != m["fingerprint"] for m in known.values()):
         return None
     every = [(file, p) for file, about in abouts.items() for p in range(len(about["prompts"]))]
     count = max(1, round(share * len(every)))
@@ -124,6 +147,7 @@ def compare(share: float = SHARE, seed: int | None = None) -> dict | None:
         rows = listed.set_index("prompt_id", drop=False).loc[
             [abouts[file]["prompts"][p] for p in places]
         ]
+        model = models[known[file]["source"]]
         new = function(model, rows.reset_index(drop=True), **settings, progress=False)
         old = {name: v[places] for name, v in packed.unpack(file).items()}
         for name, value in differences(old, new).items():
@@ -156,14 +180,73 @@ def differences(old: dict[str, xr.Variable], new: xr.Dataset) -> dict[str, float
     return {name: float(np.nanmax(values, initial=0)) for name, values in found.items()}
 
 
+def digest() -> str:
+    """What the shipped results hang on: code, packages, weights, and the results themselves."""
+    files = [ROOT / "memlib" / f"{name}.py" for name in MAKES]
+    files += [file for room in ALSO for file in sorted((ROOT / "memlib" / room).glob("*.py"))]
+    packages = ("torch", "diffusers", "transformers", "numpy", "pillow", "onnxruntime")
+    words = [code(file) for file in files] + [version(package) for package in packages]
+    words += [(folder / "SHA256SUMS").read_text() for folder in (LAB, LAB_FLOW, REDRAWN, TRACES)]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def proved() -> bool:
+    """Whether all shipped results were made from nothing with this code, and were the same."""
+    file = TRACES / PROVED
+    return file.exists() and file.read_text().strip() == digest()
+
+
+def prove(folder: Path) -> None:
+    """Compare all shipped results with those that a fresh book left in its cache; note it.
+
+    Raises
+    ------
+    ValueError
+        One is not there, or differs by more than is tolerated.
+    """
+    for file in sorted(TRACES.glob("*.zip")):
+        if file.name.startswith("kept-"):
+            new = [xr.Dataset(packed.unpack(f)) for f in folder.glob(f"{file.stem}-*.zip")]
+            apart = [rows_apart(xr.Dataset(packed.unpack(file)), each) for each in new]
+            limits = dict.fromkeys(apart[0] if apart else (), kept.TOLERANCE)
+        else:
+            runs = [Run(f) for f in folder.glob(f"{file.stem}-*") if f.is_dir()]
+            apart = [differences(packed.unpack(file), run.read()) for run in runs]
+            limits = TOLERANCE
+        if not apart:
+            raise ValueError(f"{folder} has no {file.stem}: run make book FRESH=1 first")
+        for name, value in apart[0].items():
+            if value > limits[name]:
+                raise ValueError(f"data/traces/{file.name}: {name} differs by {value:.2g}")
+    (TRACES / PROVED).write_text(digest() + "\n")
+
+
+def rows_apart(old: xr.Dataset, new: xr.Dataset) -> dict[str, float]:
+    """Of each variable of a kept result the largest of its rows' median differences."""
+    return {name: kept.apart(v.values, new[name].values) for name, v in old.items()}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pack", type=Path, help="the cache that a fresh book has filled")
+    parser.add_argument("--add", type=Path, help="the cache of a book; what is there stays")
+    parser.add_argument("--prove", type=Path, help="the cache that a fresh book has filled")
+    parser.add_argument("--proved", action="store_true", help="exit status 0 where it is proved")
     parser.add_argument("--compare", type=Path, help="where to write what differs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.pack:
         make(arguments.pack)
+        prove(arguments.pack)
+    if arguments.add:
+        make(arguments.add, add=True)
+    if arguments.prove:
+        try:
+            prove(arguments.prove)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+    if arguments.proved:
+        sys.exit(not proved())
     if arguments.compare:
         try:
             result = compare()

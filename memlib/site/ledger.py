@@ -75,7 +75,8 @@ def build_of(row: dict) -> Build:
     The title follows the repository, whatever name a row was recorded under; a folder has its own.
     """
     origin, name = row["fingerprint"], row["model"]
-    titles = [c.title for c in CHECKPOINTS.values() if origin.startswith(f"{c.repository}@")]
+    of = (c for c in CHECKPOINTS.values() if origin.startswith(f"{c.repository}@"))
+    titles = [c.title for c in of if c.t5 == (" t5" in origin)]
     if not titles and (name in SHIPPED or "@" in origin.split()[0]):
         titles = [TITLES.get(name, name)]
     return Build((titles or [name])[0], origin, row["precision"])
