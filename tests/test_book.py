@@ -416,6 +416,11 @@ def test_another_model_brings_its_list():
     assert chosen["loss"] == {"model": "owner/name"}
     chosen = chapters.choose(defaults, "full", {}, "", "exact")
     assert chosen["lab"] == {"model": "exact"}
+    flow = {"flow_model": "lab-flow", "similarity": "ncc", "pairs": "lab"}
+    chosen = chapters.choose(defaults | {"flow": flow}, "full", {}, "", "sd35")
+    assert chosen["flow"] == {"flow_model": "sd35", "similarity": "sscd"}
+    assert chosen["loss"] == chosen["lab"] == {}  # diffusion's chapters are not for it
+    assert chapters.choose(defaults | {"flow": flow}, "full", {}, "", "sd14")["flow"] == {}
 
 
 def test_ctrl_c_stops_all_chapters_at_once(root):

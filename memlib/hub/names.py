@@ -23,6 +23,7 @@ class Checkpoint:
     config: str = ""
     vae: str = ""
     sha256: str = ""
+    flow: bool = False
     t5: bool = False
     note: str = ""
     aliases: Sequence[str] = ()
@@ -37,6 +38,7 @@ CHECKPOINTS = {name: Checkpoint(**fields) for name, fields in TABLE.items()}
 ALIASES = {alias: name for name, known in CHECKPOINTS.items() for alias in known.aliases}
 SHIPPED = {"lab": LAB, "lab-flow": LAB_FLOW}
 NAMES = (*SHIPPED, "exact", *CHECKPOINTS, *ALIASES)
+FLOWS = ("lab-flow", *(name for name, known in CHECKPOINTS.items() if known.flow))
 
 
 def checkpoint(name: str) -> Checkpoint | None:

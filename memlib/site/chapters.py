@@ -11,6 +11,7 @@ from sphinx_external_toc.parsing import parse_toc_yaml
 
 from memlib.errors import nearest
 from memlib.hub.lists import webster
+from memlib.hub.names import FLOWS
 
 
 class BookError(ValueError):
@@ -63,8 +64,8 @@ def choose(defaults: dict, profile: str, sizes: dict, assignments: str, model: s
     """What to pass to each chapter: the profile's values, the model's, then the command line's.
 
     Another model brings its own list of prompts, and its pictures are scored as photographs. The
-    chapter on the lab stays about the lab,
-    unless the model is a folder (a lab of one's own). An assignment is ``name=value``, for every
+    chapter on the lab stays about the lab, unless the model is a folder (a lab of one's own); a
+    flow model is for the chapter on flows, which has no other. An assignment is ``name=value``, for every
     chapter that has the parameter, or ``chapter.name=value``.
     """
     if profile not in ("full", *sizes):
@@ -74,12 +75,15 @@ def choose(defaults: dict, profile: str, sizes: dict, assignments: str, model: s
         if not isinstance(values, dict):
             raise BookError(f"profiles.toml, [{profile}]: write chapter.{chapter} = {values!r}")
         given += [(f"{chapter}.{name}", value) for name, value in values.items()]
-    if model in ("lab", "exact") or (model and Path(model).is_dir()):
+    if model in FLOWS:
+        given.append(("flow.flow_model", model))
+        given += [("flow.similarity", "sscd")] if model != "lab-flow" else []
+    elif model in ("lab", "exact") or (model and Path(model).is_dir()):
         given.append(("model", model))
     elif model:
         for chapter, known in defaults.items():
             own = {"model": model, "pairs": webster(model), "similarity": "sscd"}
-            own = own if chapter != "lab" else {}
+            own = own if chapter not in ("lab", "flow") else {}
             given += [(f"{chapter}.{n}", value) for n, value in own.items() if value and n in known]
     try:
         words = [word.partition("=") for word in shlex.split(assignments)]
