@@ -65,8 +65,8 @@ def choose(defaults: dict, profile: str, sizes: dict, assignments: str, model: s
 
     Another model brings its own list of prompts, and its pictures are scored as photographs. The
     chapter on the lab stays about the lab, unless the model is a folder (a lab of one's own); a
-    flow model is for the chapter on flows, which has no other. An assignment is ``name=value``, for every
-    chapter that has the parameter, or ``chapter.name=value``.
+    flow model is for the chapter on flows, which has no other. An assignment is ``name=value``, for
+    every chapter that has the parameter, or ``chapter.name=value``.
     """
     if profile not in ("full", *sizes):
         raise BookError(f"unknown profile {profile!r}{nearest(profile, ['full', *sizes])}")
