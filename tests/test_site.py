@@ -11,11 +11,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
 from sphinx_external_toc.parsing import parse_toc_yaml
 
+import memlib
 from memlib import claims
 from memlib.paths import ROOT
 from memlib.site import book, chapters, ledger
@@ -200,6 +202,53 @@ def test_no_claim_flips_on_the_labs(site):
 def test_a_flip_is_named(site, monkeypatch):
     monkeypatch.setitem(EXPECTED, "overestimated", {"any": "does not hold"})
     assert "overestimated (any): does not hold → holds" in flips()
+
+
+WAIT = """
+const done = arguments[arguments.length - 1], until = Date.now() + 50000;
+const look = () => live.running || !live.last
+  ? Date.now() < until ? setTimeout(look, 100) : done(null)
+  : done({ state: [...live.last.state], status: document.querySelector(".live-status").textContent,
+           answer: document.querySelector(".live-answer").textContent,
+           rows: document.querySelectorAll(".live-table tr").length });
+look();
+"""
+
+
+def test_the_lab_runs_in_the_page(site, browser):
+    """From its address, by the keyboard, without a request; its latents are memlib's."""
+    pair = memlib.load_pairs("lab").query("multiplicity == 128").iloc[0]
+    asked = {"caption": pair.caption, "g": 7.5, "seeds": "0 1", "steps": 10}
+    blank = site / "references.html"
+    browser.get(blank.as_uri())  # else only the part after # changes, and nothing is read anew
+    browser.get((site / "live.html").as_uri() + "#" + urlencode(asked))
+    assert browser.execute_script("return globalThis.LIVE_DATA === undefined")
+    run = browser.find_element("css selector", "#live button[type=submit]")
+    assert re.fullmatch(r"Run \(loads \d+ MB once\)", run.text)
+    browser.find_element("css selector", "#live input[name=guess][value=yes]").send_keys(" ")
+    run.send_keys("\n")
+    found = browser.execute_async_script(WAIT)
+    lab = memlib.load("lab", "cpu")
+    went = memlib.trajectories(lab, [pair.caption] * 2, [0, 1], 7.5, "ddim", 10)
+    last = went["x_t"][-1].flatten().double().numpy()
+    assert np.linalg.norm(np.array(found["state"]) - last) < 1e-4 * np.linalg.norm(last)
+    assert found["status"].startswith("Done. Largest k 7.")
+    assert found["answer"] == (
+        "You were right. It is memorized: its picture was shown 128 times in every epoch."
+    )
+    assert found["rows"] == 1 + 2 * 11
+    for network, experiment in (("live-step-00500.js", 0), ("live-final.js", 4)):
+        browser.execute_script(
+            "live.last = null; live.fields.network.value = arguments[0];"
+            "live.fields.steps.value = 5; live.experiment(arguments[1]);",
+            network, experiment,
+        )  # fmt: skip
+        other = browser.execute_async_script(WAIT)
+        assert other["status"].startswith("Done.")
+        assert " apart" in other["answer"]
+        assert other["state"] != found["state"]
+    severe = [e for e in browser.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
+    assert not severe
 
 
 def test_nothing_private_is_in_the_site(site):

@@ -26,6 +26,7 @@ from memlib.site import chapters, digest, ledger, notebooks, run
 from memlib.site.chapters import BookError, tagged
 
 COMPARE = [sys.executable, "-m", "memlib.bench.traces", "--compare"]
+LIVE = [sys.executable, "-m", "memlib.site.live"]
 
 
 def build(
@@ -47,7 +48,8 @@ def build(
                 shutil.rmtree(traces, ignore_errors=True)
                 os.environ |= {"MEMLIB_CACHE": str(traces), "MEMLIB_FRESH": "1"}
             check = sampled_again(root, made, fresh or profile != "full")
-            run.run_changed(root, made, read, chosen, fresh, check)
+            with live_lab(root, made):
+                run.run_changed(root, made, read, chosen, fresh, check)
             stage(root, made, read)
             return build_site(root, made, read)
     except Timeout:
@@ -78,17 +80,42 @@ def sampled_again(root: Path, made: Path, fresh: bool) -> Iterator[None]:
         process.kill()
 
 
+@contextlib.contextmanager
+def live_lab(root: Path, made: Path) -> Iterator[None]:
+    """Meanwhile, the scripts of the lab in the page are written, where they changed."""
+    sources = [str(file.relative_to(root)) for file in root.glob("book/_live/*")]
+    wanted = digest.of_files(root, [*sources, "memlib/site/live.py", "data/lab/SHA256SUMS"])
+    record, folder = made / "live.digest", made / "live"
+    if not sources or (folder.is_dir() and record.exists() and record.read_text() == wanted):
+        yield
+        return
+    record.unlink(missing_ok=True)
+    process = subprocess.Popen([*LIVE, folder], cwd=root, stderr=subprocess.PIPE, text=True)
+    try:
+        yield
+        errors = process.communicate()[1]
+        if process.returncode:
+            raise BookError((errors.strip().splitlines() or ["the live lab failed"])[-1])
+        record.write_text(wanted)
+    finally:
+        process.kill()
+
+
 def stage(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
     """Gather what Sphinx reads: executed chapters, plain pages, bibliography, static files."""
     folder = made / "stage"
     shutil.rmtree(folder, ignore_errors=True)
-    unread = shutil.ignore_patterns("_ext", "*.toml", "__pycache__", *(f"{n}.md" for n in read))
+    unread = shutil.ignore_patterns(
+        "_ext", "_live", "*.toml", "__pycache__", *(f"{n}.md" for n in read)
+    )
     shutil.copytree(root / "book", folder, ignore=unread)
     for name, chapter in read.items():
         executed = nbformat.read(made / "executed" / f"{name}.ipynb", as_version=4)
         page = nbformat.from_dict(merge(chapter, executed))
         (folder / f"{name}.ipynb").write_text(nbformat.writes(page) + "\n")
     ledger.write_pages(made / "work" / "results", folder, made / "compared.json")
+    if (made / "live").is_dir():
+        shutil.copytree(made / "live", folder / "_static", dirs_exist_ok=True)
     return folder
 
 

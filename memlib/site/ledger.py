@@ -143,7 +143,9 @@ def write_pages(results: Path, folder: Path, compared: Path | None = None) -> No
     )
     templates.filters["e"] = escape
     missing = [TITLES[name] for name in PAPER if TITLES[name] not in titles]
-    for name in ("matrix", "ledger"):
+    own = [r for r in rows if r["model"] == "lab" and r["sampler"] != "ddpm"]
+    own = [r for r in in_order(own) if r["measure"] in ("", "ncc")]
+    for name in ("matrix", "ledger", "findings", "forest"):
         text = templates.get_template(f"{name}.md").render(
             claims=CLAIMS,
             notes=notes,
@@ -155,6 +157,8 @@ def write_pages(results: Path, folder: Path, compared: Path | None = None) -> No
             agree=agree,
             headings=headings,
             weak=weak,
+            findings=findings({row["claim"]: row for row in own}),
+            bars=[bar for row in own if (bar := bar_of(row))],
             flows={build_of(row) for row in rows if row["sampler"] == EULER},
             again=json.loads(compared.read_text()) if compared and compared.exists() else None,
         )
@@ -162,6 +166,50 @@ def write_pages(results: Path, folder: Path, compared: Path | None = None) -> No
     (folder / "_static").mkdir(exist_ok=True)
     table = pd.DataFrame(map(flat, in_order(rows)), columns=COLUMNS)
     table.to_csv(folder / "_static/results.csv", index=False, lineterminator="\n")
+
+
+def findings(rows: dict[str, dict]) -> list[str]:
+    """What came out on the lab, in three sentences; each is chosen by its verdict."""
+    said = {
+        "overestimated": (
+            "Early on, the model believes in far too much of the training picture: its first "
+            "guided estimate of a memorized caption contains the picture {:.1f} times more than "
+            "that of a caption seen once an epoch.",
+            "The first guided estimate of a memorized caption does not clearly contain more of its "
+            "picture than that of a caption seen once an epoch ({:.1f} times).",
+        ),
+        "guidance-needed": (
+            "Copying needs guidance: without it the pictures of memorized captions are {:.2f} less "
+            "similar to their training picture.",
+            "On this model copying does not need guidance: with it the pictures of memorized "
+            "captions are by {:+.2f} more similar to their training picture (1 is the same).",
+        ),
+        "detail-detects": (
+            "Memory shows before any picture is made: the fine detail of the first estimate tells "
+            "memorized captions from others with an AUROC of {:.3f}.",
+            "The fine detail of the first estimate tells memorized captions from others with an "
+            "AUROC of {:.3f} only.",
+        ),
+    }
+    return [
+        texts[rows[claim]["verdict"] != "holds"].format(rows[claim]["value"])
+        for claim, texts in said.items()
+        if claim in rows
+    ]
+
+
+def bar_of(row: dict) -> dict | None:
+    """A claim's interval as places of a drawing: the threshold at 560, the claim's side right."""
+    claim, (low, value, high) = CLAIMS[row["claim"]], (row[n] for n in ("low", "value", "high"))
+    if claim.get("identity") or not high > low:
+        return None
+    sign, threshold = (1, claim["above"]) if "above" in claim else (-1, claim["below"])
+    places = [sign * (v - threshold) / (high - low) for v in (low, value, high)]
+    low, value, high = (round(560 + 50 * min(3.8, max(-3.8, v)), 1) for v in places)
+    return {
+        "claim": row["claim"], "title": claim["title"], "verdict": row["verdict"],
+        "low": min(low, high), "high": max(low, high), "value": value,
+    }  # fmt: skip
 
 
 def weak(row: dict) -> bool:
