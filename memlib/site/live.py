@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from memlib.errors import ModelError
 from memlib.hub.loading import load
 from memlib.hub.manifests import load_pairs
-from memlib.lab.scenes import SUBJECTS
 from memlib.paths import LAB, ROOT
 
 SOURCES, DATA = ROOT / "book/_live", "live-data.js"
@@ -164,8 +163,8 @@ def write(folder: Path) -> None:
         }
         for r in pairs.sort_values("multiplicity", ascending=False, kind="stable").itertuples()
     ]
-    words = next(r["caption"] for r in rows if r["group"] == "memorized").split()
-    changed = " ".join([*words[:2], next(w for w in SUBJECTS if w != words[2]), *words[3:]])
+    words, other = ([r["caption"].split() for r in rows if r["group"] == "memorized"])[:2]
+    changed = " ".join([*words[:2], other[2], *words[3:]])
     known = {
         "worker": joined("noise", "tokenizer", "networks", "sampler", "worker"), "pairs": rows,
         "binary": base64.b64encode((SOURCES / "kernels.wasm").read_bytes()).decode(),
