@@ -34,7 +34,8 @@ LOOK = """
 const article = document.querySelector("article") || document.body;
 const images = [...article.querySelectorAll("img")];
 const formulas = [...document.querySelectorAll(".math")];
-const links = [...document.querySelectorAll("a[href]")].map(a => a.href);
+const absolute = (a) => new URL(a.getAttribute("href"), document.baseURI).href; // of drawings, too
+const links = [...document.querySelectorAll("a[href]")].map(absolute);
 return {
   unrendered: formulas.filter(m => !m.querySelector("mjx-container")).length,
   broken: document.querySelectorAll('[data-mml-node="merror"], mjx-merror').length,
@@ -220,6 +221,7 @@ def test_the_lab_runs_in_the_page(site, browser):
     pair = memlib.load_pairs("lab").query("multiplicity == 128").iloc[0]
     asked = {"caption": pair.caption, "g": 7.5, "seeds": "0 1", "steps": 10}
     blank = site / "references.html"
+    browser.get_log("browser")  # forget the page before
     browser.get(blank.as_uri())  # else only the part after # changes, and nothing is read anew
     browser.get((site / "live.html").as_uri() + "#" + urlencode(asked))
     assert browser.execute_script("return globalThis.LIVE_DATA === undefined")

@@ -317,6 +317,7 @@ class Live {
     const scales = Array.from({ length: steps }, (_, i) => (i < until * steps ? g : 1));
     Object.assign(this, { asked_: asked, images, steps, id: (this.id ?? 0) + 1, paused: false, running: true, rows: [], largest: [] });
     const { levels } = schedule(this.alphas, steps);
+    this.root.classList.add("begun");
     this.show(asked, images);
     this.charts.k.reset(steps, [0, Math.max(2, g)]);
     this.charts.w.reset(steps, [0, 1.25]);
@@ -416,7 +417,7 @@ class Live {
     asked.captions.forEach((caption, c) => {
       const pair = this.known(asked.target ?? caption);
       if (pair) {
-        const picture = Object.assign(new Image(), { src: `${LIVE.base}live/${pair.id}.png`, alt: `A picture that goes with this caption (${pair.id})`, loading: "lazy" });
+        const picture = Object.assign(new Image(), { src: `${LIVE.base}pictures/${pair.id}.png`, alt: `A picture that goes with this caption (${pair.id})`, loading: "lazy" });
         host.append(this.figure(picture, WHOSE[pair.group] ?? "training picture", "target"));
       }
       images.forEach(({ caption: own, seed }, n) => {

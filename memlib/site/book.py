@@ -115,7 +115,8 @@ def stage(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
         (folder / f"{name}.ipynb").write_text(nbformat.writes(page) + "\n")
     ledger.write_pages(made / "work" / "results", folder, made / "compared.json")
     if (made / "live").is_dir():
-        shutil.copytree(made / "live", folder / "_static", dirs_exist_ok=True)
+        # Not beside the static files: jupyter-book has every page load every script there.
+        shutil.copytree(made / "live", folder / "extra" / "live")
     return folder
 
 

@@ -172,17 +172,17 @@ def findings(rows: dict[str, dict]) -> list[str]:
     """What came out on the lab, in three sentences; each is chosen by its verdict."""
     said = {
         "overestimated": (
-            "Early on, the model believes in far too much of the training picture: its first "
-            "guided estimate of a memorized caption contains the picture {:.1f} times more than "
-            "that of a caption seen once an epoch.",
-            "The first guided estimate of a memorized caption does not clearly contain more of its "
-            "picture than that of a caption seen once an epoch ({:.1f} times).",
+            "Early on the model believes in far too much of the training picture: the number of "
+            "times that its first guided estimate contains the picture is {:.1f} higher for "
+            "memorized captions than for captions seen once an epoch.",
+            "The number of times that the first guided estimate contains the training picture is "
+            "not clearly higher for memorized captions ({:.1f}).",
         ),
         "guidance-needed": (
-            "Copying needs guidance: without it the pictures of memorized captions are {:.2f} less "
-            "similar to their training picture.",
-            "On this model copying does not need guidance: with it the pictures of memorized "
-            "captions are by {:+.2f} more similar to their training picture (1 is the same).",
+            "Copying needs guidance: it raises the similarity of memorized captions' pictures to "
+            "their training picture by {:.2f}.",
+            "On this model copying does not need guidance: it changes the similarity of memorized "
+            "captions' pictures to their training picture by {:+.2f} (1 is the same picture).",
         ),
         "detail-detects": (
             "Memory shows before any picture is made: the fine detail of the first estimate tells "

@@ -133,7 +133,7 @@ def group(row) -> str:
 
 
 def write(folder: Path) -> None:
-    """The page's scripts and pictures, into the site's folder of static files."""
+    """The page's scripts and pictures, into a folder of the site."""
     check()
     model, pairs = load("lab", "cpu"), load_pairs("lab")
     steps = sorted((LAB / "checkpoints").glob("step-*"))
@@ -150,9 +150,9 @@ def write(folder: Path) -> None:
     (folder / DATA).write_text(text)
     for one in snapshots:
         one["megabytes"] = round((one.pop("bytes") + len(text)) / 1e6)
-    (folder / "live").mkdir(exist_ok=True)
+    (folder / "pictures").mkdir(exist_ok=True)
     for row in pairs.itertuples():
-        shutil.copy(row.image, folder / "live")
+        shutil.copy(row.image, folder / "pictures")
     rows = [
         {
             "id": r.prompt_id,
