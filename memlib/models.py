@@ -126,11 +126,12 @@ class DiffusersModel:
         return self._call(x_t, timestep, text).to(self.dtype)
 
     def _call(self, x_t, timestep, text) -> torch.Tensor:
-        return self.denoiser(*self._asked(x_t, timestep, text), return_dict=False)[0]
+        given, named = self._asked(x_t, timestep, text)
+        return self.denoiser(*given, **named, return_dict=False)[0]
 
-    def _asked(self, x_t, timestep, text) -> tuple:
+    def _asked(self, x_t, timestep, text) -> tuple[tuple, dict]:
         """What the network takes: here a state, a timestep and an embedding."""
-        return x_t, timestep, text
+        return (x_t, timestep), {"encoder_hidden_states": text}
 
     def to_epsilon(self, output, x_t, alpha_bar):
         r"""An output as noise; from v, $\epsilon=\sqrt{\bar\alpha}v+\sqrt{1-\bar\alpha}x_t$."""

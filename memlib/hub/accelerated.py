@@ -43,9 +43,9 @@ class AcceleratedModel(DiffusersModel):
         if not self.compiled:
             return super()._call(x_t, timestep, text)
         x = x_t.contiguous(memory_format=torch.channels_last)
-        asked = self._asked(x, torch.as_tensor(timestep).to(self.device), text)
+        given, named = self._asked(x, torch.as_tensor(timestep).to(self.device), text)
         try:
-            return self._network(*asked, return_dict=False)[0]
+            return self._network(*given, **named, return_dict=False)[0]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, a card that is too old, a limit of torch's
@@ -53,7 +53,7 @@ class AcceleratedModel(DiffusersModel):
                 raise torch.OutOfMemoryError(first_line(error)) from None
             reason = first_line(error)
         # Not in `except`: the error would keep the tensors of the try in memory.
-        out = self.denoiser(*asked, return_dict=False)[0]  # what this raises has another cause
+        out = self.denoiser(*given, **named, return_dict=False)[0]  # this raises by another cause
         self._give_up_compiling(reason)
         return out
 

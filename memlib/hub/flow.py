@@ -49,10 +49,11 @@ class FlowModel(AcceleratedModel):
         rows = [pad(row, (0, cond.shape[-1] - row.shape[-1]))[:, None] for row in pooled]
         return torch.cat([cond, rows[0]], 1), torch.cat([uncond, rows[1]], 1)
 
-    def _asked(self, x_t, timestep, text) -> tuple:
+    def _asked(self, x_t, timestep, text) -> tuple[tuple, dict]:
         pooled = text[:, -1, : self.denoiser.config.pooled_projection_dim]
         times = torch.as_tensor(timestep, device=x_t.device).expand(len(x_t))
-        return x_t, text[:, :-1], pooled, times
+        named = {"encoder_hidden_states": text[:, :-1], "pooled_projections": pooled}
+        return (x_t,), named | {"timestep": times}
 
     def to_epsilon(self, output, x_t, alpha_bar):
         r"""A velocity as noise, $\epsilon=x_t+(1-\sigma)v$; `alpha_bar` is $a^2/(a^2+s^2)$."""
