@@ -480,7 +480,7 @@ def test_aliases_and_names():
 
 
 def test_no_lab(monkeypatch, tmp_path):
-    monkeypatch.setattr(weights, "LAB", tmp_path / "lab")
+    monkeypatch.setitem(weights.SHIPPED, "lab", tmp_path / "lab")
     refused("the lab's weights are not here .* clone", "lab")
     refused("unknown model 'labb'", "labb")
 

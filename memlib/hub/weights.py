@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from memlib.errors import ModelError, first_line, nearest
-from memlib.hub import checkpoints, flow
+from memlib.hub import checkpoints
 from memlib.hub.checkpoints import PARTS, takes_half
 from memlib.hub.files import sha256, verify
 from memlib.hub.names import NAMES, SHIPPED, Checkpoint
@@ -31,6 +31,8 @@ try:  # a fault of a package is not said to be a model's
         )
         from diffusers.loaders.single_file_utils import SingleFileComponentError
         from transformers import CLIPTextModel, CLIPTokenizer
+
+        from memlib.hub import flow
 except (ImportError, RuntimeError) as error:  # the latter of diffusers' late imports
     raise ImportError(f"diffusers cannot be used here: {first_line(error)}") from error
 
