@@ -125,13 +125,13 @@ def merge(chapter: NotebookNode, executed: NotebookNode) -> dict:
     runs, cells = iter(run.code_cells(executed)), []
     for cell in chapter.cells:
         made = next(runs) if cell.cell_type == "code" else {}
-        cell = cell | {key: made[key] for key in ("outputs", "execution_count") if made}
-        cells.append(folded(cell))
+        ran = cell | {key: made[key] for key in ("outputs", "execution_count") if made}
+        cells.append(folded(ran))
         cells += run.code_cells(executed, injected=True) if tagged(cell) else []
     return executed | {"cells": cells}
 
 
-def folded(cell: NotebookNode) -> dict:
+def folded(cell: dict) -> dict:
     """A code cell of more than four lines with its source folded, but the one of parameters."""
     tags = cell["metadata"].get("tags", [])
     if cell["cell_type"] != "code" or cell["source"].count("\n") < 4 or "parameters" in tags:
