@@ -181,14 +181,14 @@ def findings(rows: dict[str, dict]) -> list[str]:
         "guidance-needed": (
             "Copying needs guidance: it raises the similarity of memorized captions' pictures to "
             "their training picture by {:.2f}.",
-            "On this model copying does not need guidance: it changes the similarity of memorized "
-            "captions' pictures to their training picture by {:+.2f} (1 is the same picture).",
+            "Guidance changes the similarity of memorized captions' pictures to their training "
+            "picture by {:+.2f} (1 is the same picture): no clear rise.",
         ),
         "detail-detects": (
             "Memory shows before any picture is made: the fine detail of the first estimate tells "
             "memorized captions from others with an AUROC of {:.3f}.",
             "The fine detail of the first estimate tells memorized captions from others with an "
-            "AUROC of {:.3f} only.",
+            "AUROC of {:.3f}, not clearly enough.",
         ),
     }
     return [
