@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from memlib.detection.statistics import Calls, blurred
+from memlib.schedule import estimate
 
 LADDER = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)  # shares of words that `smoothed` replaces
 REPLACED = 0.4  # where there is nothing to compare with
@@ -109,9 +110,8 @@ def capped(most: int | float = 1.2) -> Method:
     """
 
     def scale(step: Step):
-        a = step.alpha_bar
         uncond, cond = (
-            ((step.x - (1 - a) ** 0.5 * eps) / a**0.5).flatten(1)
+            estimate(step.x, eps, step.alpha_bar).flatten(1)
             for eps in (step.eps_uncond, step.eps_cond)
         )
         k = (uncond * cond).sum(1) / cond.square().sum(1)
@@ -188,7 +188,6 @@ def optimized(
         first, moved = request.first, request.cond.detach().float().clone().requires_grad_(True)
         optimizer = torch.optim.AdamW([moved], rate)
         found, done = moved.detach().clone(), torch.zeros_like(moved[:, 0, 0], dtype=bool)
-        a, x = first.alpha_bar, first.x[:, 0]
         if statistic == "magnitude" and first.eps_uncond is None:
             raise ValueError("the magnitude compares branches, and without guidance there is one")
         for n in range(most + 1):
@@ -197,8 +196,8 @@ def optimized(
                 if statistic == "magnitude":
                     value = (cond - first.eps_uncond[:, 0]).flatten(1).norm(dim=1)
                 else:
-                    estimate = ((x - (1 - a) ** 0.5 * cond) / a**0.5)[None]
-                    detail = (estimate - blurred(estimate))[0]
+                    guess = estimate(first.x[:, 0], cond, first.alpha_bar)[None]
+                    detail = (guess - blurred(guess))[0]
                     value = detail.square().mean((1, 2, 3)).sqrt()
                 new = (value.detach() <= target) & ~done
                 found[new], done = moved.detach()[new], done | new
