@@ -7,5 +7,6 @@ from memlib.site.book import build
 
 
 def book(options) -> None:
+    here = os.getcwd()  # two chapters beside each other may leave another folder behind
     site = build(ROOT, options.profile, options.set, options.model or "", options.fresh)
-    print(os.path.relpath(site / "index.html"))
+    print(os.path.relpath(site / "index.html", here))

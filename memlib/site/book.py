@@ -166,7 +166,7 @@ def build_site(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
         found = re.findall(r"^.*(?:WARNING|ERROR|Error):.*$", messages, re.MULTILINE)
         lines = [line.replace(f"{folder}/", "") for line in dict.fromkeys(found)]
         print(*lines[:10], sep="\n", file=sys.stderr)
-        raise BookError(f"the site was not built; all messages are in {os.path.relpath(log)}")
+        raise BookError(f"the site was not built; all messages are in {log}")
     notebooks.write(root, read, output / "_build/html/notebooks")
     record.unlink(missing_ok=True)
     if site.exists():
