@@ -181,6 +181,14 @@ def judge(
     return row
 
 
+def said(row: dict) -> str:
+    """What a row found, as a sentence with its number."""
+    claim = CLAIMS[row["claim"]]
+    text = "“{title}” is not decided: {value:.3g} (95 %: {low:.3g} to {high:.3g})."
+    text = {"holds": claim["holds"], "does not hold": claim["fails"]}.get(row["verdict"], text)
+    return text.format(**claim | row).replace(" -", " −").replace("(-", "(−")
+
+
 def table(rows: list[dict | None]) -> pd.DataFrame:
     """Rows as a reader sees them: claim, score if it matters, number, interval, verdict."""
     shown, rows = [], [row for row in rows if row]

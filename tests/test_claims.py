@@ -15,7 +15,7 @@ import xarray as xr
 from scipy import stats
 
 from memlib import claims
-from memlib.site import ledger
+from memlib.site import ledger, page
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -286,6 +286,25 @@ def cells_of(matrix, name):
     """The words of a claim's cells, one list for each of its lines."""
     lines = [line for line in matrix.splitlines() if f"ledger.html#{name}" in line]
     return [re.findall(r"<td[^>]*>(?:<a [^>]*>)?([^<]*)", line) for line in lines]
+
+
+@pytest.mark.parametrize("name", claims.CLAIMS)
+def test_a_claim_says_what_a_run_found(name):
+    row = {"claim": name, "value": 0.1234, "low": -0.2, "high": 0.3}
+    told = [claims.said(row | {"verdict": v}) for v in ("holds", "does not hold", "not decided")]
+    assert len(set(told)) == 3
+    assert not any(re.search(r"[{}]|\d\.\d{5}|[ (]-\d", text) for text in told)
+    assert told[2].endswith("is not decided: 0.123 (95 %: −0.2 to 0.3).")
+
+
+def test_one_sentence_says_where_verdicts_differ(monkeypatch):
+    glued = {}
+    monkeypatch.setattr(page, "glue", glued.update)
+    row = {"claim": "guided-error", "low": 0.1, "high": 0.9, "value": 0.5, "measure": ""}
+    rows = [row | {"sampler": "ddim", "verdict": "does not hold"}, None]
+    rows += [row | {"sampler": "ddpm", "verdict": "not decided"}]
+    page.verdicts(rows)
+    assert glued["verdicts"].endswith("once an epoch (DDIM; with DDPM: not decided).")
 
 
 def test_what_was_not_run_says_so(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
-from memlib.claims import CLAIMS, RESULTS, verdict
+from memlib.claims import CLAIMS, RESULTS, said, verdict
 from memlib.hub.names import ALIASES, CHECKPOINTS, SHIPPED
 from memlib.paths import ROOT, TRAININGS
 
@@ -18,6 +18,7 @@ TITLES = {"lab": "the lab", "lab-flow": "the flow lab"} | {
 }
 EULER = "flow-euler"  # the one sampler of a flow model
 PAPER = ("sd14", "sd21", "sd21-base", "realvis14", "realvis20")  # what the paper may mean
+FINDINGS = ("overestimated", "guidance-needed", "detail-detects")  # on the landing page
 Build = namedtuple("Build", "title origin precision")
 COLUMNS = (
     "claim model checkpoint fingerprint precision sampler measure measure_sha256 value low high "
@@ -157,7 +158,8 @@ def write_pages(results: Path, folder: Path, compared: Path | None = None) -> No
             agree=agree,
             headings=headings,
             weak=weak,
-            findings=findings({row["claim"]: row for row in own}),
+            said={row["claim"]: (row["verdict"], said(row)) for row in own},
+            findings=[said(row) for row in own if row["claim"] in FINDINGS],
             bars=[bar for row in own if (bar := bar_of(row))],
             flows={build_of(row) for row in rows if row["sampler"] == EULER},
             again=json.loads(compared.read_text()) if compared and compared.exists() else None,
@@ -166,36 +168,6 @@ def write_pages(results: Path, folder: Path, compared: Path | None = None) -> No
     (folder / "_static").mkdir(exist_ok=True)
     table = pd.DataFrame(map(flat, in_order(rows)), columns=COLUMNS)
     table.to_csv(folder / "_static/results.csv", index=False, lineterminator="\n")
-
-
-def findings(rows: dict[str, dict]) -> list[str]:
-    """What came out on the lab, in three sentences; each is chosen by its verdict."""
-    said = {
-        "overestimated": (
-            "Early on the model believes in far too much of the training picture: the number of "
-            "times that its first guided estimate contains the picture is {:.1f} higher for "
-            "memorized captions than for captions seen once an epoch.",
-            "The number of times that the first guided estimate contains the training picture is "
-            "not clearly higher for memorized captions ({:.1f}).",
-        ),
-        "guidance-needed": (
-            "Copying needs guidance: it raises the similarity of memorized captions' pictures to "
-            "their training picture by {:.2f}.",
-            "Guidance changes the similarity of memorized captions' pictures to their training "
-            "picture by {:+.2f} (1 is the same picture): no clear rise.",
-        ),
-        "detail-detects": (
-            "Memory shows before any picture is made: the fine detail of the first estimate tells "
-            "memorized captions from others with an AUROC of {:.3f}.",
-            "The fine detail of the first estimate tells memorized captions from others with an "
-            "AUROC of {:.3f}, not clearly enough.",
-        ),
-    }
-    return [
-        texts[rows[claim]["verdict"] != "holds"].format(rows[claim]["value"])
-        for claim, texts in said.items()
-        if claim in rows
-    ]
 
 
 def bar_of(row: dict) -> dict | None:

@@ -14,7 +14,7 @@ import xarray as xr
 from PIL import Image
 
 from memlib import load, load_pairs
-from memlib.claims import CLAIMS, table
+from memlib.claims import CLAIMS, said, table
 from memlib.measures import COPY
 from memlib.prompts import by_memorization, copies, groups, least_copied, most_copied
 from memlib.trace import score
@@ -91,16 +91,26 @@ def threshold(measure: str) -> float:
 
 def verdicts(rows: Sequence[dict | None]) -> pd.DataFrame:
     """The rows that a chapter judged, as a table; what they say is glued as ``verdicts``."""
-    said, found = {}, [row for row in rows if row]
-    for row in found:
-        if not CLAIMS[row["claim"]].get("identity"):
-            said.setdefault(CLAIMS[row["claim"]]["title"], []).append(row["verdict"])
-    lines = []
-    for title, each in said.items():
-        parts = [f"{v} ({each.count(v)} of {len(each)})" for v in dict.fromkeys(each)]
-        lines.append(f"{title}: {each[0] if len(parts) == 1 else ', '.join(parts)}.")
-    glue(verdicts=" ".join(lines) or "Nothing was judged on this list.")
+    found, texts = [row for row in rows if row], []
+    for name in dict.fromkeys(row["claim"] for row in found):
+        first, *others = (row for row in found if row["claim"] == name)
+        differ: dict[str, list[str]] = {}
+        for row in others:
+            if row["verdict"] != first["verdict"]:
+                differ.setdefault(row["verdict"], []).append(_where(row))
+        more = [f"with {' and '.join(where)}: {verdict}" for verdict, where in differ.items()]
+        more = f" ({'; '.join([_where(first), *more])})" if more else ""
+        if not CLAIMS[name].get("identity"):
+            texts.append(f"{said(first).removesuffix('.')}{more}.")
+    glue(verdicts=" ".join(texts) or "Nothing was judged on this list.")
     return table(found)
+
+
+def _where(row: dict) -> str:
+    """With which sampler and by which measure a row was judged."""
+    sampler = row["sampler"].upper() if row["sampler"] in ("ddim", "ddpm") else ""
+    measure = {"ncc": "pixels", "": ""}.get(row["measure"], row["measure"].upper())
+    return " by ".join(filter(None, (sampler, measure))) or "this sampler"
 
 
 def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
