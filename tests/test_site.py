@@ -3,6 +3,7 @@
 Building it executes every chapter that changed, so this file is also the chapters' test.
 """
 
+import gzip
 import json
 import os
 import re
@@ -10,8 +11,9 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.resources import files
 from pathlib import Path
-from urllib.parse import urlencode
+from urllib.parse import unquote, urlencode, urlsplit
 
 import numpy as np
 import pytest
@@ -114,6 +116,67 @@ def problems(browser, page: Path, width: int = 1280, scheme: str = "light") -> l
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
 def test_a_page_reads_well(site, browser, page, width, scheme):
     assert problems(browser, site / f"{page}.html", width, scheme) == []
+
+
+AXE = """
+const done = arguments[arguments.length - 1];
+axe.run(document, { resultTypes: ["violations"] }).then(
+  (found) => done(found.violations.map((v) => `${v.id}: ${v.nodes[0].html.slice(0, 200)}`)),
+  (error) => done([String(error)]),
+);
+"""
+THEME = ("region",)  # the logo of jupyter-book's theme stands outside of all landmarks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_page_is_accessible(site, browser, page, scheme):
+    """By axe-core's rules, but for what is the theme's."""
+    assert [p for p in problems(browser, site / f"{page}.html", 1280, scheme) if "px" in p] == []
+    browser.execute_script((files("axe_core_python") / "axe.min.js").read_text())
+    found = browser.execute_async_script(AXE)
+    assert [v for v in found if not v.startswith(THEME)] == []
+
+
+LARGEST = 1_500_000  # bytes of a page at first view, compressed
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_light(site, browser, page):
+    """What a page asks for before anybody scrolls or clicks, as a server would send it."""
+    problems(browser, site / f"{page}.html")
+    asked = browser.execute_script(
+        "return performance.getEntriesByType('resource').map(e => e.name)"
+    )
+    names = {url for url in asked if url.startswith("file:")} | {(site / f"{page}.html").as_uri()}
+    sizes = {n: len(gzip.compress(Path(unquote(urlsplit(n).path)).read_bytes())) for n in names}
+    assert sum(sizes.values()) <= LARGEST, sorted(sizes.items(), key=lambda x: -x[1])[:5]
+
+
+def test_a_definition_is_shown_to_the_keyboard(site, browser):
+    browser.get((site / "severity.html").as_uri())
+    term = browser.find_element("css selector", ".term")
+    box = term.find_element("css selector", "[role=tooltip]")
+    assert not box.is_displayed()
+    link = term.find_element("css selector", "a")
+    assert link.get_attribute("aria-describedby") == box.get_attribute("id")
+    browser.execute_script("arguments[0].focus()", link)
+    assert box.is_displayed()
+    link.send_keys("\ue00c")  # Escape
+    assert not box.is_displayed()
+
+
+def test_code_is_shown_and_folded_for_all_pages(site, browser):
+    opened = "return [...document.querySelectorAll('details.hide')].map(d => d.open)"
+    browser.get((site / "severity.html").as_uri())
+    assert not any(browser.execute_script(opened))
+    browser.find_element("css selector", ".code-switch").click()
+    assert all(browser.execute_script(opened))
+    browser.get((site / "loss.html").as_uri())
+    assert all(browser.execute_script(opened))
+    browser.find_element("css selector", ".code-switch").click()
+    assert not any(browser.execute_script(opened))
 
 
 def test_the_pages_have_formulas_and_figures(site, browser):

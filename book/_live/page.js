@@ -110,7 +110,7 @@ const LAYOUT = html`
     <figure><div data-chart="d"></div><figcaption><b>Distance</b> to the picture (solid) and to the other seeds (dashed)</figcaption></figure>
   </div>
   <details class="live-table"><summary>The numbers as a table</summary><div data-part="table"></div></details>
-  <section class="live-experiments"><h3>Five experiments</h3><div data-part="experiments"></div></section>
+  <section class="live-experiments"><h2>Five experiments</h2><div data-part="experiments"></div></section>
 `;
 
 const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from memlib.hub.names import SHIPPED
 from memlib.paths import LAB, LAB_FLOW, REDRAWN, ROOT, TRACES
 from memlib.runs import MAKES, kept, packed
 from memlib.runs.store import Run
+from memlib.site.about import processor
 
 BUDGET = 33_000_000  # bytes of all files
 PROVED = "PROVED"
@@ -58,7 +58,7 @@ def make(folder: Path, add: bool = False) -> None:
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=ROOT, capture_output=True, text=True,
     ).stdout.strip()  # fmt: skip
-    by = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": _processor()}
+    by = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": processor()}
     with tempfile.TemporaryDirectory(dir=TRACES.parent) as scratch:
         made = {}
         for file in TRACES.glob("*.zip") if add else ():
@@ -100,12 +100,6 @@ def _calls(about: dict) -> int:
         return len(about["prompts"]) * len(settings["timesteps"]) * settings["draws"] * 2
     branches = 1 if settings["guidance_scale"] == 1 else 2
     return len(about["prompts"]) * len(about["seeds"]) * settings["steps"] * branches
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return (names or [platform.machine()])[0]
 
 
 def compare(share: float = SHARE, seed: int | None = None) -> dict | None:

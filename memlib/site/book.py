@@ -22,7 +22,7 @@ import nbformat
 from filelock import FileLock, Timeout
 from nbformat import NotebookNode
 
-from memlib.site import chapters, digest, ledger, notebooks, run
+from memlib.site import about, chapters, digest, ledger, notebooks, run
 from memlib.site.chapters import BookError, tagged
 
 COMPARE = [sys.executable, "-m", "memlib.bench.traces", "--compare"]
@@ -111,9 +111,10 @@ def stage(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
     shutil.copytree(root / "book", folder, ignore=unread)
     for name, chapter in read.items():
         executed = nbformat.read(made / "executed" / f"{name}.ipynb", as_version=4)
-        page = nbformat.from_dict(merge(chapter, executed))
+        page = nbformat.from_dict(merge(about.with_times(made, name, chapter), executed))
         (folder / f"{name}.ipynb").write_text(nbformat.writes(page) + "\n")
     ledger.write_pages(made / "work" / "results", folder, made / "compared.json")
+    about.write_pages(root, made, read, notebooks.repository(root))
     if (made / "live").is_dir():
         # Not beside the static files: jupyter-book has every page load every script there.
         shutil.copytree(made / "live", folder / "extra" / "live")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -130,17 +131,72 @@ def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
     return kinds | {"graded": "memorized, template and control", "rare": "of kind control"}
 
 
+def ask(question: str, answer: float | str, tolerance: float = 0, choices: Sequence[str] = ()):
+    """A question whose answer is checked in the page against this run's; HTML for a page.
+
+    With `choices` the answer is one of them, else a number to `tolerance`.
+    """
+    from IPython.display import HTML
+
+    if choices:
+        if answer not in choices:
+            raise ValueError(f"{answer!r} is none of the choices {', '.join(choices)}")
+        options = "".join(f"<option>{escape(c)}</option>" for c in ("", *choices))
+        field, data = (
+            f'<select name="answer">{options}</select>',
+            {"answer": answer, "shown": answer},
+        )
+    else:
+        field = '<input type="text" inputmode="decimal" name="answer" autocomplete="off">'
+        data = {"answer": float(answer), "tolerance": tolerance, "shown": f"{answer:.3g} here"}
+    told = " ".join(f'data-{k}="{escape(str(v))}"' for k, v in data.items())
+    return HTML(
+        f'<form class="ask" hidden {told}><label>{escape(question)} {field}'
+        '<button>Check</button> <output aria-live="polite"></output></label></form>'
+    )
+
+
+def sweep(figures: Sequence[Any], labels: Sequence[str], name: str, alt: str, start: int = 0):
+    """Figures of one size that a slider shows one at a time; HTML for a page.
+
+    `name` is what the slider changes, each of `labels` one of its values; `alt` says what a figure
+    shows, and ends before the label. A page without JavaScript shows the figure at `start`.
+    """
+    import matplotlib.pyplot as plt
+    from IPython.display import HTML
+
+    frames = []
+    for figure in figures:
+        figure.set_layout_engine("none")
+        figure.savefig(buffer := io.BytesIO(), format="png", dpi=130, bbox_inches=None)
+        frames.append(np.asarray(Image.open(buffer).convert("RGB")))
+        plt.close(figure)
+    height, width = frames[0].shape[:2]
+    source = _webp([Image.fromarray(np.concatenate(frames))])
+    place = 100 * start / max(1, len(frames) - 1)
+    told = escape(json.dumps(list(labels)))
+    return HTML(
+        f'<div class="sweep" data-labels="{told}" data-alt="{escape(alt)}">'
+        f'<span class="frame" role="img" aria-label="{escape(f"{alt} {labels[start]}")}" '
+        f'style="aspect-ratio:{width}/{height};background-image:url({source});'
+        f'background-size:100% auto;background-position:0 {place:.4g}%"></span>'
+        f'<label hidden>{escape(name)} <input type="range" min="0" max="{len(frames) - 1}" '
+        f'value="{start}"> <output>{escape(labels[start])}</output></label></div>'
+    )
+
+
+def _webp(images: Sequence[Image.Image], **options) -> str:
+    buffer = io.BytesIO()
+    images[0].save(buffer, "WEBP", quality=80, method=4, **options)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def animation(frames: Sequence[np.ndarray], alt: str, milliseconds: int = 90, scale: float = 2):
     """An animated WebP with a still for readers who asked for less motion; HTML for a page.
 
     `frames` are uint8 [y, x, rgb]; the last one stays for two seconds and is the still.
     """
     from IPython.display import HTML
-
-    def encode(images, **options) -> str:
-        buffer = io.BytesIO()
-        images[0].save(buffer, "WEBP", quality=80, method=4, **options)
-        return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
     images = [
         Image.fromarray(f).resize(
@@ -149,9 +205,9 @@ def animation(frames: Sequence[np.ndarray], alt: str, milliseconds: int = 90, sc
         for f in frames
     ]
     times = [milliseconds] * (len(images) - 1) + [2000]
-    moving = encode(images, save_all=True, append_images=images[1:], duration=times, loop=0)
+    moving = _webp(images, save_all=True, append_images=images[1:], duration=times, loop=0)
     return HTML(
-        f'<picture><source media="(prefers-reduced-motion: reduce)" srcset="{encode(images[-1:])}">'
+        f'<picture><source media="(prefers-reduced-motion: reduce)" srcset="{_webp(images[-1:])}">'
         f'<img src="{moving}" alt="{escape(alt)}" style="width:100%;max-width:{images[0].width}px">'
         "</picture>"
     )
