@@ -157,7 +157,7 @@ def ask(question: str, answer: float | str, tolerance: float = 0, choices: Seque
 
 
 def sweep(figures: Sequence[Any], labels: Sequence[str], name: str, alt: str, start: int = 0):
-    """Figures of one size that a slider shows one at a time; HTML for a page.
+    """Figures, or uint8 pictures, of one size that a slider shows one at a time; HTML for a page.
 
     `name` is what the slider changes, each of `labels` one of its values; `alt` says what a figure
     shows, and ends before the label. A page without JavaScript shows the figure at `start`.
@@ -167,8 +167,10 @@ def sweep(figures: Sequence[Any], labels: Sequence[str], name: str, alt: str, st
 
     frames = []
     for figure in figures:
-        figure.set_layout_engine("none")
-        figure.savefig(buffer := io.BytesIO(), format="png", dpi=130, bbox_inches=None)
+        if isinstance(figure, np.ndarray):
+            frames.append(figure)
+            continue
+        figure.savefig(buffer := io.BytesIO(), dpi=130, bbox_inches=None, facecolor="white")
         frames.append(np.asarray(Image.open(buffer).convert("RGB")))
         plt.close(figure)
     height, width = frames[0].shape[:2]
@@ -207,7 +209,8 @@ def animation(frames: Sequence[np.ndarray], alt: str, milliseconds: int = 90, sc
     times = [milliseconds] * (len(images) - 1) + [2000]
     moving = _webp(images, save_all=True, append_images=images[1:], duration=times, loop=0)
     return HTML(
-        f'<picture><source media="(prefers-reduced-motion: reduce)" srcset="{_webp(images[-1:])}">'
+        '<picture class="film">'
+        f'<source media="(prefers-reduced-motion: reduce)" srcset="{_webp(images[-1:])}">'
         f'<img src="{moving}" alt="{escape(alt)}" style="width:100%;max-width:{images[0].width}px">'
         "</picture>"
     )
