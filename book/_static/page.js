@@ -1,4 +1,4 @@
-// What a page does by itself: code shown or folded, definitions closed, sweeps, answers.
+// What a page does by itself: code shown or folded, definitions closed, sweeps, films, answers.
 
 function codeSwitch() {
   const cells = [...document.querySelectorAll("details.hide")];
@@ -57,6 +57,21 @@ function sweeps() {
   }
 }
 
+function films() {
+  for (const film of document.querySelectorAll("picture.film")) {
+    const still = film.querySelector("source"), reduced = still.media;
+    const button = document.createElement("button");
+    button.className = "code-switch";
+    button.textContent = "Pause";
+    button.addEventListener("click", () => {
+      const paused = still.media === "all";
+      still.media = paused ? reduced : "all";
+      button.textContent = paused ? "Pause" : "Play";
+    });
+    if (!matchMedia(reduced).matches) film.after(button);
+  }
+}
+
 function answers() {
   for (const form of document.querySelectorAll("form.ask")) {
     form.hidden = false;
@@ -79,5 +94,6 @@ document.addEventListener("DOMContentLoaded", () => {
   codeSwitch();
   definitions();
   sweeps();
+  films();
   answers();
 });
