@@ -32,6 +32,7 @@ GROUPS = {
     "normal": (BLUE, ":"),
     "held-out": ("#666666", (0, (1, 1))),
 }
+CONTRAST = ("planted, ≥ 32 copies", "planted, 1-4 copies", "memorized", "control")
 BRANCHES = {
     "conditional": (VERMILION, "-"),
     "unconditional": (BLUE, "--"),
@@ -49,7 +50,7 @@ def bands(
     group: np.ndarray,
     x: np.ndarray,
     ax=None,
-    show: Sequence[str] = tuple(GROUPS),
+    show: Sequence[str] = CONTRAST,
 ):
     """Median over prompts, and the band from the 10th to the 90th percentile, one line a group.
 
@@ -82,9 +83,7 @@ def severity_by_multiplicity(table: pd.DataFrame, column: str = "severity", ax=N
     for label in ax.get_xticklabels()[-4:]:
         label.set_rotation(20)
     known = (table.kind == "planted").any()
-    ax.set_xlabel(
-        "copies of the planted pair in an epoch, and the other kinds" if known else "kind"
-    )
+    ax.set_xlabel("copies of a pair in an epoch, and other kinds" if known else "kind")
     return ax
 
 

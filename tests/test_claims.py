@@ -304,7 +304,7 @@ def test_one_sentence_says_where_verdicts_differ(monkeypatch):
     rows = [row | {"sampler": "ddim", "verdict": "does not hold"}, None]
     rows += [row | {"sampler": "ddpm", "verdict": "not decided"}]
     page.verdicts(rows)
-    assert glued["verdicts"].endswith("once an epoch (DDIM; with DDPM: not decided).")
+    assert glued["verdicts"].endswith("once an epoch (DDIM). With DDPM it is not decided.")
 
 
 def test_what_was_not_run_says_so(tmp_path):

@@ -179,6 +179,45 @@ def test_code_is_shown_and_folded_for_all_pages(site, browser):
     assert not any(browser.execute_script(opened))
 
 
+def test_sliders_show_what_they_say(site, browser):
+    pages = [page for page in PAGES if 'class="sweep"' in (site / f"{page}.html").read_text()]
+    assert len(pages) >= 4
+    for page in pages:
+        browser.get((site / f"{page}.html").as_uri())
+        sweep = browser.find_element("css selector", ".sweep")
+        labels = json.loads(sweep.get_attribute("data-labels"))
+        slider, frame = (sweep.find_element("css selector", s) for s in ("input", ".frame"))
+        for _ in labels:
+            slider.send_keys("\ue012")  # left
+        assert sweep.find_element("css selector", "output").text == labels[0]
+        first = browser.execute_script("return arguments[0].style.backgroundPosition", frame)
+        slider.send_keys("\ue014")  # right
+        assert frame.get_attribute("aria-label").endswith(labels[1])
+        assert first == "0px 0%" != frame.value_of_css_property("background-position")
+
+
+def test_answers_are_checked_against_the_run(site, browser):
+    pages = [page for page in PAGES if 'class="ask"' in (site / f"{page}.html").read_text()]
+    assert len(pages) >= 4
+    for page in pages:
+        browser.get((site / f"{page}.html").as_uri())
+        for form in browser.find_elements("css selector", "form.ask"):
+            field, button, told = (
+                form.find_element("css selector", s) for s in ("[name=answer]", "button", "output")
+            )
+            button.click()
+            assert told.text == "Give an answer first."
+            wrong = field.find_elements("css selector", "option")[1:]
+            right = form.get_attribute("data-answer")
+            wrong = next((o.text for o in wrong if o.text != right), str(float(right) + 7))
+            for given, said in ((wrong, "Not on this run"), (right, "Right: ")):
+                if field.tag_name == "input":
+                    field.clear()
+                field.send_keys(given)
+                button.click()
+                assert told.text.startswith(said), (page, given)
+
+
 def test_the_pages_have_formulas_and_figures(site, browser):
     """So that the test above looks at something."""
     formulas = figures = 0

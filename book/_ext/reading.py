@@ -11,7 +11,21 @@ from PIL import Image
 
 GLOSSARY = "glossary"
 # Words that mean other things as well: no definition is put where they stand.
-COMMON = {"copies", "copy", "named", "flow", "reference", "threshold"}
+COMMON = {
+    "copies",
+    "copy",
+    "detail",
+    "flow",
+    "law",
+    "levels",
+    "magnitude",
+    "named",
+    "normal",
+    "reference",
+    "rest",
+    "threshold",
+    "update",
+}
 PLAIN = (nodes.reference, nodes.literal, nodes.strong, nodes.emphasis, nodes.caption, nodes.raw)
 
 

@@ -20,6 +20,8 @@ from memlib.measures import COPY
 from memlib.prompts import by_memorization, copies, groups, least_copied, most_copied
 from memlib.trace import score
 
+VERBS = {"holds": "holds", "does not hold": "does not hold", "not decided": "is not decided"}
+
 
 def glue(**values: Any) -> None:
     """Give a page numbers and words of this run by name, for ``{glue:text}``.
@@ -99,10 +101,13 @@ def verdicts(rows: Sequence[dict | None]) -> pd.DataFrame:
         for row in others:
             if row["verdict"] != first["verdict"]:
                 differ.setdefault(row["verdict"], []).append(_where(row))
-        more = [f"with {' and '.join(where)}: {verdict}" for verdict, where in differ.items()]
-        more = f" ({'; '.join([_where(first), *more])})" if more else ""
+        text = said(first)
+        for verdict, where in differ.items():
+            text += f" With {' and '.join(where)} it {VERBS[verdict]}."
+        if differ:
+            text = text.replace(". With", f" ({_where(first)}). With", 1).replace(") (", "; ")
         if not CLAIMS[name].get("identity"):
-            texts.append(f"{said(first).removesuffix('.')}{more}.")
+            texts.append(text)
     glue(verdicts=" ".join(texts) or "Nothing was judged on this list.")
     return table(found)
 
