@@ -23,9 +23,10 @@ def configure(app, config):
     config.sitemap_url_scheme = "{link}"
     config.ogp_site_url = config.html_baseurl
     config.ogp_description_length = 0  # it would be raw LaTeX; pages bring their own description
-    config.ogp_image = config.html_baseurl + "_static/social.png"
-    config.ogp_custom_meta_tags = ['<meta name="twitter:card" content="summary_large_image" />']
-    config.ogp_image_alt = "Noise turns into a picture that was seen too often"
+    # a card for each page, with its title
+    config.ogp_social_cards = {
+        "image": "_static/social.png", "image_mini": "_static/social.png", "line_color": "#1f4e9c"
+    }  # fmt: skip
 
 
 def copy_mathjax(app, exception):
