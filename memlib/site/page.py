@@ -170,6 +170,8 @@ def sweep(figures: Sequence[Any], labels: Sequence[str], name: str, alt: str, st
     import matplotlib.pyplot as plt
     from IPython.display import HTML
 
+    if len(figures) != len(labels):
+        raise ValueError(f"{len(figures)} figures and {len(labels)} labels")
     frames = []
     for figure in figures:
         if isinstance(figure, np.ndarray):

@@ -1,0 +1,83 @@
+"""What `book/_ext/reading.py` and `site/page.py` put into pages, apart from a browser."""
+
+import importlib.util
+import json
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from memlib import plot
+from memlib.paths import ROOT
+from memlib.site import about, chapters, page
+
+spec = importlib.util.spec_from_file_location("reading", ROOT / "book/_ext/reading.py")
+reading = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reading)
+
+
+def drawn(tmp_path, *shape, sharey=False):
+    figure, axes = plt.subplots(*shape, figsize=(8, 3), sharey=sharey, squeeze=False)
+    for ax in axes.flat:
+        ax.plot(np.random.default_rng(0).normal(size=30))
+        ax.set(xlabel="step", ylabel="height")
+    figure.savefig(tmp_path / "drawn.png", dpi=160)
+    plt.close(figure)
+    return tmp_path / "drawn.png", [ax.get_position() for ax in axes[0]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("sharey", [False, True])
+def test_a_plot_is_cut_between_its_panels(tmp_path, count, sharey):
+    file, places = drawn(tmp_path, 1, count, sharey=sharey)
+    parts = reading.panels(file)
+    assert len(parts) == count
+    assert parts[0][0] == 0
+    assert parts[-1][1] == 1
+    for (_, cut), left, right in zip(parts, places, places[1:], strict=False):
+        assert left.x1 < cut < right.x0
+
+
+def test_a_sheet_of_pictures_stays_whole(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8)
+    plot.sheet([pictures] * 3, ["a", "b", "c"]).savefig(tmp_path / "sheet.png", dpi=160)
+    assert reading.panels(tmp_path / "sheet.png") == [(0.0, 1.0)]
+
+
+def test_a_question_knows_its_answer():
+    html = page.ask("How many, on <this> run?", np.float64(3.14159), 0.01).data
+    assert 'data-answer="3.14159"' in html
+    assert 'data-tolerance="0.01"' in html
+    assert "&lt;this&gt;" in html
+    html = page.ask("Which?", "the first", choices=("the first", "the second")).data
+    assert re.findall("<option>(.*?)</option>", html) == ["", "the first", "the second"]
+    with pytest.raises(ValueError, match="'third' is none of the choices the first, the second"):
+        page.ask("Which?", "third", choices=("the first", "the second"))
+
+
+def test_a_sweep_has_a_frame_for_each_label():
+    frames = [np.full((20, 30, 3), v, np.uint8) for v in (0, 120, 250)]
+    html = page.sweep(frames, ["one", "two", "<three>"], "size", "A picture,", 2).data
+    labels = re.search('data-labels="(.*?)"', html)[1].replace("&quot;", '"')
+    assert json.loads(labels.replace("&lt;", "<").replace("&gt;", ">")) == ["one", "two", "<three>"]
+    assert "aspect-ratio:30/20" in html
+    assert "background-position:0 100%" in html
+    with pytest.raises(ValueError, match="3 figures and 2 labels"):
+        page.sweep(frames, ["one", "two"], "size", "A picture,")
+
+
+def test_times_are_said_where_a_chapter_says_what_it_needs(tmp_path):
+    (tmp_path / "executed").mkdir()
+    (tmp_path / "executed/loss.json").write_text('{"digest": "", "seconds": 61.4}')
+    chapter = chapters.read(ROOT)["loss"]
+    text = "".join(cell.source for cell in about.with_times(tmp_path, "loss", chapter).cells)
+    found = re.search(r"Needs no GPU. (\d+) minutes to read; ran in 61 seconds for this page", text)
+    assert 5 <= int(found[1]) <= 30
+
+
+@pytest.mark.parametrize("name", [name for name in chapters.read(ROOT) if name != "index"])
+def test_a_chapter_says_what_it_needs_and_what_comes_next(name):
+    text = (ROOT / f"book/{name}.md").read_text()
+    assert f"\n{about.LINE}\n" in text
+    assert "\n**Next:** [](" in text
