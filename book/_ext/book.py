@@ -38,6 +38,26 @@ def copy_mathjax(app, exception):
         shutil.copyfile(source.locate(), target)
 
 
+ICON = re.compile(r'"?([a-z0-9-]+)"?:\[\d+,\d+,\[([^]]*)\],"[0-9a-f]+",(?:"[^"]*"|\[[^]]*\])\],?')
+
+
+def keep_icons(app, exception):
+    """Leave only the icons that pages use in the theme's script, which has two thousand."""
+    script = Path(app.outdir) / "_static/scripts/fontawesome.js"
+    if exception is not None or not script.exists():
+        return
+    others = [file for file in script.parent.glob("*.js") if file != script]
+    used = set()
+    for file in [*Path(app.outdir).glob("*.html"), *others]:
+        used |= set(re.findall(r"fa-([a-z0-9-]+)", file.read_text()))
+
+    def kept(match):
+        names = {match[1], *re.findall(r"[a-z0-9-]+", match[2])}
+        return match[0] if names & used else ""
+
+    script.write_text(ICON.sub(kept, script.read_text()))
+
+
 def page(app, pagename, templatename, context, doctree):
     """Drop scripts that would ask for a network, and add the buttons that need an address."""
     unwanted = ("thebe", "require.js", "require.min.js")
@@ -77,5 +97,6 @@ def link(text, icon, url):
 def setup(app):
     app.connect("config-inited", configure)
     app.connect("build-finished", copy_mathjax)
+    app.connect("build-finished", keep_icons)
     app.connect("html-page-context", page, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -110,7 +110,7 @@ def panels(file: Path) -> list[tuple[float, float]]:
 
 
 def stack(app, pagename, templatename, context, doctree):
-    """Beside each plot of several panels the panels by themselves, for narrow screens."""
+    """Pictures only when they are seen, and beside a plot its panels, for narrow screens."""
     if doctree is None or "body" not in context:
         return
     sources = {name: path for path, name in app.builder.images.items()}
@@ -132,6 +132,8 @@ def stack(app, pagename, templatename, context, doctree):
 
     pattern = r'<img [^>]*?src="(?P<src>_images/[^"]+)"[^>]*>(?=\s*<figcaption)'
     context["body"] = re.sub(pattern, beside, context["body"])
+    lazy = r'<img (?![^>]*loading=)(?=[^>]*src="_images/)'
+    context["body"] = re.sub(lazy, '<img loading="lazy" ', context["body"])
     pasted = r'<span class="pasted-text">(?=[^<]{1,9}</span>)(?=[^<]*\d)'
     context["body"] = re.sub(pasted, '<span class="pasted-text number">', context["body"])
 

@@ -194,9 +194,9 @@ def sweep(figures: Sequence[Any], labels: Sequence[str], name: str, alt: str, st
     )
 
 
-def _webp(images: Sequence[Image.Image], **options) -> str:
+def _webp(images: Sequence[Image.Image], quality: int = 80, **options) -> str:
     buffer = io.BytesIO()
-    images[0].save(buffer, "WEBP", quality=80, method=4, **options)
+    images[0].save(buffer, "WEBP", quality=quality, method=4, **options)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -214,7 +214,8 @@ def animation(frames: Sequence[np.ndarray], alt: str, milliseconds: int = 90, sc
         for f in frames
     ]
     times = [milliseconds] * (len(images) - 1) + [2000]
-    moving = _webp(images, save_all=True, append_images=images[1:], duration=times, loop=0)
+    more = {"save_all": True, "append_images": images[1:], "duration": times, "loop": 0}
+    moving = _webp(images, 50, **more)
     return HTML(
         '<picture class="film">'
         f'<source media="(prefers-reduced-motion: reduce)" srcset="{_webp(images[-1:])}">'
