@@ -177,7 +177,7 @@ def sweep(figures: Sequence[Any], labels: Sequence[str], name: str, alt: str, st
         if isinstance(figure, np.ndarray):
             frames.append(figure)
             continue
-        figure.savefig(buffer := io.BytesIO(), dpi=130, bbox_inches=None, facecolor="white")
+        figure.savefig(buffer := io.BytesIO(), dpi=150, bbox_inches=None, facecolor="white")
         frames.append(np.asarray(Image.open(buffer).convert("RGB")))
         plt.close(figure)
     height, width = frames[0].shape[:2]
