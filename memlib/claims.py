@@ -181,27 +181,27 @@ def judge(
     return row
 
 
+def needed(claim: dict) -> str:
+    side = "above" if "above" in claim else "below"
+    return f"{side} {claim[side]:g}"
+
+
 def said(row: dict) -> str:
     """What a row found, as a sentence with its number."""
     claim = CLAIMS[row["claim"]]
-    text = "“{title}” is not decided: {value:.3g} (95 %: {low:.3g} to {high:.3g})."
+    text = "“{title}” is not decided: {value:.3g} (95 %: {low:.3g} to {high:.3g}; needed: "
+    text += needed(claim) + ")."
     text = {"holds": claim["holds"], "does not hold": claim["fails"]}.get(row["verdict"], text)
     return text.format(**claim | row).replace(" -", " −").replace("(-", "(−")
 
 
 def table(rows: list[dict | None]) -> pd.DataFrame:
-    """Rows as a reader sees them: claim, score if it matters, number, interval, verdict."""
-    shown, rows = [], [row for row in rows if row]
-    for row in rows:
-        claim = CLAIMS[row["claim"]]
-        side = "above" if "above" in claim else "below"
-        shown.append({
-            "claim": row["claim"], "sampler": row["sampler"], "score": row["measure"],
-            "statistic": f"{row['value']:.3g}",
-            "95 %": f"{row['low']:.3g} to {row['high']:.3g}",
-            "threshold": f"{side} {claim[side]:g}", "verdict": row["verdict"],
-        })  # fmt: skip
-    columns = ["claim", "sampler", "score", "statistic", "95 %", "threshold", "verdict"]
-    if not any(row["measure"] for row in rows):
-        columns.remove("score")
-    return pd.DataFrame(shown, columns=columns).set_index("claim")
+    """Rows as a reader sees them: claim, what the number is, score if it matters, verdict."""
+    shown = pd.DataFrame({
+        "claim": CLAIMS[row["claim"]]["title"], "what is judged": CLAIMS[row["claim"]]["statistic"],
+        "sampler": row["sampler"], "score": row["measure"], "number": f"{row['value']:.3g}",
+        "95 %": f"{row['low']:.3g} to {row['high']:.3g}", "needed": needed(CLAIMS[row["claim"]]),
+        "verdict": row["verdict"],
+    } for row in rows if row)  # fmt: skip
+    shown = shown.drop(columns="score") if len(shown) and not any(shown.score) else shown
+    return shown.set_index("claim") if len(shown) else shown

@@ -166,7 +166,8 @@ def test_a_row_is_kept_and_replaced(tmp_path, monkeypatch, numbers):
     old.write_text(json.dumps(first[0] | {"sampler": "ddpm"}))
     assert len([r for r in ledger.read_rows() if r["claim"] == "overestimated"]) == 1
     shown = claims.table(table.to_dict("records"))
-    assert shown.threshold["grows-with-guidance"].iloc[0] == "above 0"
+    title = claims.CLAIMS["grows-with-guidance"]["title"]
+    assert shown.needed[title].iloc[0] == "above 0"
 
 
 def test_rows_of_another_score_stand_beside(tmp_path, monkeypatch, numbers):
@@ -294,7 +295,9 @@ def test_a_claim_says_what_a_run_found(name):
     told = [claims.said(row | {"verdict": v}) for v in ("holds", "does not hold", "not decided")]
     assert len(set(told)) == 3
     assert not any(re.search(r"[{}]|\d\.\d{5}|[ (]-\d", text) for text in told)
-    assert told[2].endswith("is not decided: 0.123 (95 %: −0.2 to 0.3).")
+    assert told[2].startswith(
+        f"“{claims.CLAIMS[name]['title']}” is not decided: 0.123 (95 %: −0.2 to 0.3; "
+    )
 
 
 def test_one_sentence_says_where_verdicts_differ(monkeypatch):

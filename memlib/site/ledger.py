@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
-from memlib.claims import CLAIMS, RESULTS, said, verdict
+from memlib.claims import CLAIMS, RESULTS, needed, said, verdict
 from memlib.hub.names import ALIASES, CHECKPOINTS, SHIPPED
 from memlib.paths import ROOT, TRAININGS
 
@@ -18,7 +18,10 @@ TITLES = {"lab": "the lab", "lab-flow": "the flow lab"} | {
 }
 EULER = "flow-euler"  # the one sampler of a flow model
 PAPER = ("sd14", "sd21", "sd21-base", "realvis14", "realvis20")  # what the paper may mean
-FINDINGS = ("overestimated", "guidance-needed", "detail-detects")  # on the landing page
+FINDINGS = (  # on the landing page
+    "overestimated", "guidance-needed", "overestimation-needed", "overestimation-raises",
+    "detail-detects", "smoothed-stops",
+)  # fmt: skip
 Build = namedtuple("Build", "title origin precision")
 COLUMNS = (
     "claim model checkpoint fingerprint precision sampler measure measure_sha256 value low high "
@@ -127,7 +130,7 @@ def write_pages(results: Path, folder: Path, compared: Path | None = None) -> No
         others.setdefault((r.claim, r.measure, r.sampler), []).append(r)
     shipped = {(r["claim"], r["measure"], r["sampler"]): r for r in rows if r["model"] == "lab"}
     differ = [
-        f"*{key[0]}* ({', '.join(k for k in key[:0:-1] if k not in ('', 'any'))})".replace(
+        f"[](#{key[0]}) ({', '.join(k for k in key[:0:-1] if k not in ('', 'any'))})".replace(
             " ()", ""
         )
         for key, row in shipped.items()
@@ -158,6 +161,7 @@ def write_pages(results: Path, folder: Path, compared: Path | None = None) -> No
             agree=agree,
             headings=headings,
             weak=weak,
+            needed=needed,
             said={row["claim"]: (row["verdict"], said(row)) for row in own},
             findings=[said(row) for row in own if row["claim"] in FINDINGS],
             bars=[bar for row in own if (bar := bar_of(row))],

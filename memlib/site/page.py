@@ -122,10 +122,10 @@ def _where(row: dict) -> str:
 def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
     """What the text of a chapter calls the prompts: "the … prompts" and "prompts …"."""
     if "planted" in np.asarray(prompts["kind"]):
-        most = copies(prompts)[most_copied(prompts)][0]
+        most, least = (copies(prompts)[of(prompts)][0] for of in (most_copied, least_copied))
         return {
             "graded": "planted, named, template and control",
-            "rare": "with the fewest copies",
+            "rare": "with one copy" if least == 1 else f"with {least:g} copies",
             "most": f"with {most:g} copies",
             "known": "with 8 copies or more",
             "between": "with 8 and 16 copies",
