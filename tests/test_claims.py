@@ -385,8 +385,8 @@ def test_a_line_of_the_matrix_is_of_one_score(tmp_path):
             measure="sscd-large288")]  # fmt: skip
     matrix, ledger = ledger_of(tmp_path, rows)
     assert cells_of(matrix, "d1-severity") == [["✓ holds", "not run"], ["? not decided", "not run"]]
-    assert "(score: sscd)" in matrix
-    assert "(score: sscd-large288)" in matrix
+    assert "(above 0.5; score: sscd)" in matrix
+    assert "(above 0.5; score: sscd-large288)" in matrix
     assert "- **holds** on the lab, DDIM, scored by sscd, weaker evidence: 6.9" in ledger
     assert "on the lab, DDIM, scored by sscd-large288, weaker evidence: 0.4" in ledger
     assert "on the lab, DDIM: 6.9" in ledger  # this one does not depend on it
