@@ -57,7 +57,12 @@ def define(app, doctree, docname):
     """Put a definition at the first place where a page's text uses a term."""
     if docname == GLOSSARY or not (Path(app.srcdir) / f"{docname}.ipynb").exists():
         return
-    wanted = {t: d for t, d in app.env.definitions.items() if t not in COMMON}
+    formulas = app.env.get_domain("math").has_equations(docname)  # else a page draws none
+    wanted = {
+        term: found
+        for term, found in app.env.definitions.items()
+        if term not in COMMON and (formulas or "math" not in found[1])
+    }
     for text in list(doctree.findall(nodes.Text)):
         paragraph = text.parent
         if not isinstance(paragraph, nodes.paragraph) or not wanted:
