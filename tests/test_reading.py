@@ -63,6 +63,8 @@ def test_a_sweep_has_a_frame_for_each_label():
     assert json.loads(labels.replace("&lt;", "<").replace("&gt;", ">")) == ["one", "two", "<three>"]
     assert "aspect-ratio:30/20" in html
     assert "background-position:0 100%" in html
+    few = page.sweep(frames[:2], ["one", "two"], "size", "A picture,", 2).data
+    assert 'value="1"' in few
     with pytest.raises(ValueError, match="3 figures and 2 labels"):
         page.sweep(frames, ["one", "two"], "size", "A picture,")
 

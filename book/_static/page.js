@@ -77,8 +77,9 @@ function answers() {
     form.hidden = false;
     form.addEventListener("submit", (event) => {
       event.preventDefault();
-      const given = form.elements.answer.value.trim().replace(",", ".").replace("−", "-");
       const { answer, tolerance, shown } = form.dataset;
+      let given = form.elements.answer.value.trim();
+      if (tolerance !== undefined) given = given.replace(",", ".").replace("−", "-");
       const right = tolerance === undefined
         ? given === answer
         : given !== "" && Math.abs(Number(given) - Number(answer)) <= Number(tolerance);

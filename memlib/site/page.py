@@ -180,6 +180,7 @@ def sweep(figures: Sequence[Any], labels: Sequence[str], name: str, alt: str, st
         figure.savefig(buffer := io.BytesIO(), dpi=150, bbox_inches=None, facecolor="white")
         frames.append(np.asarray(Image.open(buffer).convert("RGB")))
         plt.close(figure)
+    start = min(start, len(frames) - 1)  # a small run has fewer
     height, width = frames[0].shape[:2]
     source = _webp([Image.fromarray(np.concatenate(frames))])
     place = 100 * start / max(1, len(frames) - 1)
