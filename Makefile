@@ -29,7 +29,7 @@ traces: .venv/installed ## Record anew the traces that come with the book (data/
 	@$(BIN)/python -m memlib.bench.traces --pack _build/fresh
 
 test: .venv/installed-test ## Run the tests; with ALL=1 the slow ones, too, as CI does
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20 $(if $(ALL),,-m "not slow")
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 $(if $(ALL),,-m "not slow")
 
 lab: .venv/installed ## Train the lab from nothing (resumes); with LAB=flow the second one
 	@$(BIN)/python -m memlib.lab.$(if $(filter flow,$(LAB)),flow,train)
