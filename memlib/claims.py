@@ -182,6 +182,7 @@ def judge(
 
 
 def needed(claim: dict) -> str:
+    """Where a claim's number has to lie for it to hold."""
     side = "above" if "above" in claim else "below"
     return f"{side} {claim[side]:g}"
 
