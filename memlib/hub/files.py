@@ -1,6 +1,7 @@
 """Files: written as a whole or not at all, compared with checksums, and code by what it does."""
 
 import ast
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -24,7 +25,12 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 def code(path: str | Path) -> str:
     """A module as its syntax tree: what it does, without comments, docstrings and layout."""
-    tree = ast.parse(Path(path).read_text())
+    return _code(Path(path), Path(path).stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def _code(path: Path, _changed: int) -> str:
+    tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         for first in node.body[:1] if isinstance(getattr(node, "body", None), list) else ():
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):

@@ -7,11 +7,13 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from html import escape
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from memlib import load, load_pairs
@@ -134,6 +136,30 @@ def in_words(prompts: pd.DataFrame | xr.Dataset) -> dict[str, str]:
     kinds = dict.fromkeys(("most", "known"), "of kind memorized")
     kinds |= dict.fromkeys(("between", "fewer"), "of kind template")
     return kinds | {"graded": "memorized, template and control", "rare": "of kind control"}
+
+
+def label_lines(ax) -> None:
+    """Name the lines of `ax` where they end at the right, in their colours, for a legend's place.
+
+    Call it last: the limits of the axes must be final. Names that would meet are moved apart.
+    """
+    ax.get_ylim()  # fits the axes to their data
+    lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    names = [fill(line.get_label(), 17) for line in lines]
+    points = [line.get_xydata()[np.isfinite(line.get_ydata())][-1] for line in lines]
+    ends = (ax.transData - ax.transAxes).transform(points)[:, 1]
+    tall = 0.18 / ax.figure.get_figheight()  # a line of text, of the height of the axes
+    halves = np.array([(name.count("\n") + 1.25) * tall / 2 for name in names])
+    order, floor, roof = np.argsort(ends, kind="stable"), -0.1, 1.05
+    for i in order:
+        ends[i] = max(ends[i], floor + halves[i])
+        floor = ends[i] + halves[i]
+    for i in order[::-1]:
+        ends[i] = min(ends[i], roof - halves[i])
+        roof = ends[i] - halves[i]
+    for name, y, line in zip(names, ends, lines, strict=True):
+        dark = 0.7 * np.array(to_rgb(line.get_color()))  # a pale colour cannot be read
+        ax.text(1.03, y, name, color=dark, size=7, va="center", transform=ax.transAxes)
 
 
 def ask(question: str, answer: float | str, tolerance: float = 0, choices: Sequence[str] = ()):
