@@ -148,7 +148,7 @@ def label_lines(ax) -> None:
     names = [fill(line.get_label(), 17) for line in lines]
     points = [line.get_xydata()[np.isfinite(line.get_ydata())][-1] for line in lines]
     ends = (ax.transData - ax.transAxes).transform(points)[:, 1]
-    tall = 0.18 / ax.figure.get_figheight()  # a line of text, of the height of the axes
+    tall = 0.14 / ax.figure.get_figheight() / ax.get_position().height  # of a line of text
     halves = np.array([(name.count("\n") + 1.25) * tall / 2 for name in names])
     order, floor, roof = np.argsort(ends, kind="stable"), -0.1, 1.05
     for i in order:
