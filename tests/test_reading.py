@@ -1,6 +1,7 @@
 """What `book/_ext/reading.py` and `site/page.py` put into pages, apart from a browser."""
 
 import importlib.util
+import itertools
 import json
 import re
 
@@ -83,3 +84,23 @@ def test_a_chapter_says_what_it_needs_and_what_comes_next(name):
     text = (ROOT / f"book/{name}.md").read_text()
     assert f"\n{about.LINE}\n" in text
     assert "\n**Next:** [](" in text
+
+
+def test_lines_are_named_where_they_end():
+    """In their order, apart from each other, and at the last number of a line that breaks off."""
+    plt.switch_backend("agg")
+    figure, (ax, _) = plt.subplots(2, 1)
+    ends = {"low": 0.0, "beside it": 0.01, "a name that needs two lines": 0.02, "high": 1.0}
+    for name, end in ends.items():
+        ax.plot([0, 1, 2], [0.5, end, np.nan if name == "high" else end], label=name)
+    ax.axhline(0.5)  # has no name
+    page.label_lines(ax)
+    figure.canvas.draw()
+    boxes = {text.get_text().replace("\n", " "): text.get_window_extent() for text in ax.texts}
+    assert sorted(boxes, key=lambda name: boxes[name].y0) == list(ends)
+    for lower, upper in itertools.pairwise(boxes[name] for name in ends):
+        assert lower.y1 <= upper.y0 + 1
+    middle = (boxes["high"].y0 + boxes["high"].y1) / 2
+    assert abs(ax.transAxes.inverted().transform((0, middle))[1] - 0.95) < 0.06
+    assert min(box.x0 for box in boxes.values()) > ax.get_window_extent().x1
+    plt.close(figure)

@@ -104,7 +104,7 @@ def panels(file: Path) -> list[tuple[float, float]]:
     columns = np.flatnonzero((dark < 8).all(0))
     runs = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1)
     gaps = {run.mean() / picture.width: len(run) for run in runs if len(run) >= 8}
-    if sum(n >= 18 and 0.12 < x < 0.98 for x, n in gaps.items()) >= 5:
+    if sum(n >= 18 and 0.12 < x < 0.98 for x, n in gaps.items()) >= 4:
         return [(0.0, 1.0)]
     for count in (3, 2):
         near = [[x for x in gaps if abs(x - n / count) < 0.09] for n in range(1, count)]
