@@ -41,7 +41,7 @@ BRANCHES = {
 REFERENCES = {"schedule": ("#222222", ":"), "oracle": ("#222222", "--")}
 
 
-def new_axes(width: float = 6.4, height: float = 3.4):
+def new_axes(width: float = 4.6, height: float = 3.0):
     return plt.subplots(figsize=(width, height))[1]
 
 

@@ -26,6 +26,7 @@ COMMON = {
     "threshold",
     "update",
 }
+NARROW = 960  # pixels of a plot whose letters can still be read at the width of a phone
 PLAIN = (nodes.reference, nodes.literal, nodes.strong, nodes.emphasis, nodes.caption, nodes.raw)
 
 
@@ -96,7 +97,7 @@ def panels(file: Path) -> list[tuple[float, float]]:
     """Where a plot's panels begin and end, as shares of its width.
 
     They stand apart where columns of pixels are empty near a half, or near both thirds. A picture
-    with many equal gaps is a sheet of small ones, and stays whole.
+    with many equal gaps is a sheet of small ones and has no panels.
     """
     picture = Image.open(file).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
@@ -105,7 +106,7 @@ def panels(file: Path) -> list[tuple[float, float]]:
     runs = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1)
     gaps = {run.mean() / picture.width: len(run) for run in runs if len(run) >= 8}
     if sum(n >= 18 and 0.12 < x < 0.98 for x, n in gaps.items()) >= 4:
-        return [(0.0, 1.0)]
+        return []
     for count in (3, 2):
         near = [[x for x in gaps if abs(x - n / count) < 0.09] for n in range(1, count)]
         if all(near):
@@ -123,9 +124,12 @@ def stack(app, pagename, templatename, context, doctree):
     def beside(match) -> str:
         file = Path(app.srcdir) / sources.get(Path(match["src"]).name, "")
         parts = panels(file) if file.suffix == ".png" else []
-        if len(parts) < 2:
+        if not parts:
             return match[0]
         width, height = Image.open(file).size
+        if len(parts) == 1:
+            fits = "<img data-fits " if width <= NARROW else "<img "
+            return match[0].replace("<img ", fits)
         boxes = "".join(
             f'<span style="aspect-ratio:{(end - start) * width:.0f}/{height};'
             f"background:url({match['src']}) {100 * start / (1 - end + start):.2f}% 0/"

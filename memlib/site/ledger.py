@@ -20,7 +20,7 @@ EULER = "flow-euler"  # the one sampler of a flow model
 PAPER = ("sd14", "sd21", "sd21-base", "realvis14", "realvis20")  # what the paper may mean
 FINDINGS = (  # on the landing page
     "overestimated", "guidance-needed", "overestimation-needed", "overestimation-raises",
-    "detail-detects", "smoothed-stops",
+    "overestimation-suffices", "detail-detects", "smoothed-stops", "smoothed-transfers",
 )  # fmt: skip
 Build = namedtuple("Build", "title origin precision")
 COLUMNS = (
@@ -130,7 +130,7 @@ def write_pages(results: Path, folder: Path, compared: Path | None = None) -> No
         others.setdefault((r.claim, r.measure, r.sampler), []).append(r)
     shipped = {(r["claim"], r["measure"], r["sampler"]): r for r in rows if r["model"] == "lab"}
     differ = [
-        f"[](#{key[0]}) ({', '.join(k for k in key[:0:-1] if k not in ('', 'any'))})".replace(
+        f"[{CLAIMS[key[0]]['title']}](#{key[0]}) ({', '.join(k for k in key[:0:-1] if k not in ('', 'any'))})".replace(
             " ()", ""
         )
         for key, row in shipped.items()
