@@ -58,7 +58,8 @@ def test_the_ledger_says_what_other_trainings_found(clone, tmp_path):
     _, page = ledger_of(tmp_path, [row()])
     assert "training 1: holds, 0.5 (0.1 to 1); training 2: not decided" in page
     assert "Of 1 verdicts 0 are the same in all trainings" in page
-    assert "not the same: [](#grows-with-guidance) (ddim)" in page
+    title = CLAIMS["grows-with-guidance"]["title"]
+    assert f"not the same: [{title}](#grows-with-guidance) (ddim)" in page
 
 
 def test_the_table_that_ships_names_claims_and_trainings():
