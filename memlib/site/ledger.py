@@ -130,11 +130,10 @@ def write_pages(results: Path, folder: Path, compared: Path | None = None) -> No
         others.setdefault((r.claim, r.measure, r.sampler), []).append(r)
     shipped = {(r["claim"], r["measure"], r["sampler"]): r for r in rows if r["model"] == "lab"}
     differ = [
-        f"[{CLAIMS[key[0]]['title']}](#{key[0]}) ({', '.join(k for k in key[:0:-1] if k not in ('', 'any'))})".replace(
-            " ()", ""
-        )
+        f"[{CLAIMS[key[0]]['title']}](#{key[0]}){f' ({of})' if of else ''}"
         for key, row in shipped.items()
         if any(r.verdict != row["verdict"] for r in others.get(key, []))
+        for of in [", ".join(k for k in key[:0:-1] if k not in ("", "any"))]
     ]
     agree = (len(others.keys() & shipped.keys()), differ)
 

@@ -22,6 +22,8 @@ from memlib.measures import COPY
 from memlib.prompts import by_memorization, copies, groups, least_copied, most_copied
 from memlib.trace import score
 
+pd.set_option("display.max_colwidth", None)  # what is judged is a sentence
+
 VERBS = {"holds": "holds", "does not hold": "does not hold", "not decided": "is not decided"}
 
 
@@ -70,9 +72,13 @@ def begin(model: str, pairs: str, every: int = 1) -> Setting:
     """Load a model and every n-th prompt that has an image; glue what the text calls them."""
     listed = load_pairs(pairs)
     prompts = listed.query("image != ''").iloc[::every]
-    glue(left_out=(listed.image == "").sum(), listed=len(listed), **in_words(prompts))
     parts = (groups(prompts), *by_memorization(prompts), least_copied(prompts))
-    return Setting(load(model), prompts, *parts)
+    setting = Setting(load(model), prompts, *parts)
+    out = (listed.image == "").sum()
+    says = f"Prompts without an image are left out ({out} of {len(listed)})." if out else ""
+    glue(left_out_says=says, **in_words(prompts))
+    setting.glue_groups(np.size, n=np.arange(len(prompts)))
+    return setting
 
 
 def both_measures(trace: xr.Dataset, prompts: pd.DataFrame) -> list[xr.Dataset]:
@@ -173,10 +179,8 @@ def ask(question: str, answer: float | str, tolerance: float = 0, choices: Seque
         if answer not in choices:
             raise ValueError(f"{answer!r} is none of the choices {', '.join(choices)}")
         options = "".join(f"<option>{escape(c)}</option>" for c in ("", *choices))
-        field, data = (
-            f'<select name="answer">{options}</select>',
-            {"answer": answer, "shown": answer},
-        )
+        field = f'<select name="answer">{options}</select>'
+        data = {"answer": answer, "shown": answer}
     else:
         field = '<input type="text" inputmode="decimal" name="answer" autocomplete="off">'
         data = {"answer": float(answer), "tolerance": tolerance, "shown": f"{answer:.3g} here"}
@@ -198,21 +202,18 @@ def sweep(figures: Sequence[Any], labels: Sequence[str], name: str, alt: str, st
 
     if len(figures) != len(labels):
         raise ValueError(f"{len(figures)} figures and {len(labels)} labels")
-    frames = []
-    for figure in figures:
-        if isinstance(figure, np.ndarray):
-            frames.append(figure)
-            continue
-        figure.savefig(buffer := io.BytesIO(), dpi=150, bbox_inches=None, facecolor="white")
-        frames.append(np.asarray(Image.open(buffer).convert("RGB")))
-        plt.close(figure)
+    frames = [*figures]
+    for n, figure in enumerate(figures):
+        if not isinstance(figure, np.ndarray):
+            figure.savefig(buffer := io.BytesIO(), dpi=150, bbox_inches=None, facecolor="white")
+            frames[n] = np.asarray(Image.open(buffer).convert("RGB"))
+            plt.close(figure)
     start = min(start, len(frames) - 1)  # a small run has fewer
     height, width = frames[0].shape[:2]
     source = _webp([Image.fromarray(np.concatenate(frames))])
     place = 100 * start / max(1, len(frames) - 1)
-    told = escape(json.dumps(list(labels)))
     return HTML(
-        f'<div class="sweep" data-labels="{told}" data-alt="{escape(alt)}">'
+        f'<div class="sweep" data-labels="{escape(json.dumps([*labels]))}" data-alt="{escape(alt)}">'
         f'<span class="frame" role="img" aria-label="{escape(f"{alt} {labels[start]}")}" '
         f'style="aspect-ratio:{width}/{height};background-image:url({source});'
         f'background-size:100% auto;background-position:0 {place:.4g}%"></span>'
@@ -234,18 +235,14 @@ def animation(frames: Sequence[np.ndarray], alt: str, milliseconds: int = 90, sc
     """
     from IPython.display import HTML
 
-    images = [
-        Image.fromarray(f).resize(
-            (round(f.shape[1] * scale), round(f.shape[0] * scale)), Image.Resampling.LANCZOS
-        )
-        for f in frames
-    ]
+    size = [round(side * scale) for side in frames[0].shape[1::-1]]
+    images = [Image.fromarray(f).resize(size, Image.Resampling.LANCZOS) for f in frames]
     times = [milliseconds] * (len(images) - 1) + [2000]
     more = {"save_all": True, "append_images": images[1:], "duration": times, "loop": 0}
-    moving = _webp(images, 50, **more)
     return HTML(
         '<picture class="film">'
         f'<source media="(prefers-reduced-motion: reduce)" srcset="{_webp(images[-1:])}">'
-        f'<img src="{moving}" alt="{escape(alt)}" style="width:100%;max-width:{images[0].width}px">'
+        f'<img src="{_webp(images, 50, **more)}" alt="{escape(alt)}" '
+        f'style="width:100%;max-width:{images[0].width}px">'
         "</picture>"
     )
