@@ -211,9 +211,9 @@ def sweep(figures: Sequence[Any], labels: Sequence[str], name: str, alt: str, st
     start = min(start, len(frames) - 1)  # a small run has fewer
     height, width = frames[0].shape[:2]
     source = _webp([Image.fromarray(np.concatenate(frames))])
-    place = 100 * start / max(1, len(frames) - 1)
+    place, told = 100 * start / max(1, len(frames) - 1), escape(json.dumps([*labels]))
     return HTML(
-        f'<div class="sweep" data-labels="{escape(json.dumps([*labels]))}" data-alt="{escape(alt)}">'
+        f'<div class="sweep" data-labels="{told}" data-alt="{escape(alt)}">'
         f'<span class="frame" role="img" aria-label="{escape(f"{alt} {labels[start]}")}" '
         f'style="aspect-ratio:{width}/{height};background-image:url({source});'
         f'background-size:100% auto;background-position:0 {place:.4g}%"></span>'
