@@ -77,7 +77,7 @@ def begin(model: str, pairs: str, every: int = 1) -> Setting:
     out = (listed.image == "").sum()
     says = f"Prompts without an image are left out ({out} of {len(listed)})." if out else ""
     glue(left_out_says=says, **in_words(prompts))
-    setting.glue_groups(np.size, n=np.arange(len(prompts)))
+    setting.glue_groups(np.size, size=np.arange(len(prompts)))
     return setting
 
 
