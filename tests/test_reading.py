@@ -89,11 +89,12 @@ def test_a_chapter_says_what_it_needs_and_what_comes_next(name):
 def test_lines_are_named_where_they_end():
     """In their order, apart from each other, and at the last number of a line that breaks off."""
     plt.switch_backend("agg")
-    figure, (ax, _) = plt.subplots(2, 1)
+    figure, (ax, empty) = plt.subplots(2, 1)
     ends = {"low": 0.0, "beside it": 0.01, "a name that needs two lines": 0.02, "high": 1.0}
     for name, end in ends.items():
         ax.plot([0, 1, 2], [0.5, end, np.nan if name == "high" else end], label=name)
     ax.axhline(0.5)  # has no name
+    ax.plot([], [], label="has no points")
     page.label_lines(ax)
     figure.canvas.draw()
     boxes = {text.get_text().replace("\n", " "): text.get_window_extent() for text in ax.texts}
@@ -103,4 +104,6 @@ def test_lines_are_named_where_they_end():
     middle = (boxes["high"].y0 + boxes["high"].y1) / 2
     assert abs(ax.transAxes.inverted().transform((0, middle))[1] - 0.95) < 0.06
     assert min(box.x0 for box in boxes.values()) > ax.get_window_extent().x1
+    page.label_lines(empty)
+    assert not empty.texts
     plt.close(figure)

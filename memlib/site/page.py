@@ -150,10 +150,11 @@ def label_lines(ax) -> None:
     Call it last: the limits of the axes must be final. Names that would meet are moved apart.
     """
     ax.get_ylim()  # fits the axes to their data
-    lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    shown = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    points = [xy[np.isfinite(xy).all(1)][-1:] for xy in (line.get_xydata() for line in shown)]
+    lines = [line for line, point in zip(shown, points, strict=True) if len(point)]
     names = [fill(line.get_label(), 17) for line in lines]
-    points = [line.get_xydata()[np.isfinite(line.get_ydata())][-1] for line in lines]
-    ends = (ax.transData - ax.transAxes).transform(points)[:, 1]
+    ends = (ax.transData - ax.transAxes).transform(np.vstack([*points, np.empty((0, 2))]))[:, 1]
     tall = 0.14 / ax.figure.get_figheight() / ax.get_position().height  # of a line of text
     halves = np.array([(name.count("\n") + 1.25) * tall / 2 for name in names])
     order, floor, roof = np.argsort(ends, kind="stable"), -0.1, 1.05
