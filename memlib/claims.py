@@ -199,10 +199,10 @@ def said(row: dict) -> str:
 def table(rows: list[dict | None]) -> pd.DataFrame:
     """Rows as a reader sees them: claim, what the number is, score if it matters, verdict."""
     shown = pd.DataFrame({
-        "claim": CLAIMS[row["claim"]]["title"], "what is judged": CLAIMS[row["claim"]]["statistic"],
+        "claim": CLAIMS[row["claim"]]["title"], "verdict": row["verdict"],
         "sampler": row["sampler"], "score": row["measure"], "number": f"{row['value']:.3g}",
         "95 %": f"{row['low']:.3g} to {row['high']:.3g}", "needed": needed(CLAIMS[row["claim"]]),
-        "verdict": row["verdict"],
+        "what is judged": CLAIMS[row["claim"]]["statistic"],
     } for row in rows if row)  # fmt: skip
     shown = shown.drop(columns="score") if len(shown) and not any(shown.score) else shown
     return shown.set_index("claim") if len(shown) else shown
