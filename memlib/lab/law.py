@@ -101,8 +101,9 @@ def against_others(
 def gain(law: ExactModel, after, gap, which, g: float, levels, weights=None):
     r"""What guidance adds in an update to the log odds of one atom for each row, [row].
 
-    A guided update ends $g\kappa\Delta$ away from the unconditional one, with
-    $\kappa=a'-a\,s'/s$ for DDIM's step and for a flow's (Euler's).
+    A guided update ends $g\kappa\Delta$ away from the unconditional one, $\kappa=a'-a\,s'/s$ for
+    DDIM's step and a flow's (Euler's). On that way $x_u$ the log odds of atom $x$ rise by
+    $\frac{a'}{s'^2}g\kappa\int\langle\Delta,x-\bar x'(x_u)\rangle du$, $\bar x'$ the others' mean.
 
     Parameters
     ----------

@@ -29,8 +29,7 @@ from memlib.runs import packed
 from memlib.runs.cache import made_by
 from memlib.runs.store import StoreError, prompt_rows
 
-# Of the book's results, and of the rows of one, computed again: one row may need a whole law drawn.
-CHECKED, SHARE = 0.1, 0.2
+CHECKED, SHARE = 0.1, 0.2  # of results, and of one's rows, made again: a row may need a whole law
 # Of the largest number of each variable. A grey level that rounds otherwise moves SSCD, which is
 # int8, by up to 0.01; all else repeats to 1e-5.
 TOLERANCE = 0.05
@@ -168,9 +167,8 @@ def _source(thing, met: list, seen: dict):
     if id(thing) in seen:
         return seen[id(thing)]
     seen[id(thing)] = thing.__qualname__  # met again within itself
-    functions = [thing]
-    if isinstance(thing, type):
-        functions = [f for f in vars(thing).values() if isinstance(f, types.FunctionType)]
+    members = vars(thing).values() if isinstance(thing, type) else [thing]
+    functions = [f for f in members if isinstance(f, types.FunctionType)]
     used = {}
     for function in functions:
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
