@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAB, REDRAWN, LAB_FLOW, CONFIGS = (
-    ROOT / "data" / name for name in ("lab", "redrawn", "lab-flow", "configs")
+LAB, REDRAWN, LAB_FLOW, REDRAWN_FLOW, CONFIGS = (
+    ROOT / "data" / name for name in ("lab", "redrawn", "lab-flow", "redrawn-flow", "configs")
 )
 BENCH, TRAININGS = (ROOT / "data" / name for name in ("bench.json", "trainings.csv"))
 TRACES, JUDGE = ROOT / "data" / "traces", ROOT / "data" / "judge.safetensors"

@@ -155,6 +155,7 @@ def shipped(calls, rows, tmp_path, monkeypatch):
     (file,) = cache_folder().glob("kept-measured-*.zip")
     (tmp_path / "shipped").mkdir()
     file.rename(tmp_path / "shipped" / f"{file.stem.rsplit('-', 1)[0]}.zip")
+    monkeypatch.setattr(kept_module, "CHECKED", 1.0)
     monkeypatch.setattr(kept_module, "SHARE", 1.0)
     calls.clear()
     return first
@@ -164,12 +165,37 @@ def test_what_comes_with_the_book_is_compared(calls, rows, shipped, monkeypatch)
     found = ask(chapter(), rows)
     assert calls == [4]
     assert found.attrs == {"again": 4, "largest": 0.0}
-    monkeypatch.setattr(kept_module, "SHARE", 0.0)
+    monkeypatch.setattr(kept_module, "CHECKED", 0.0)
     assert ask(chapter(), rows).attrs["again"] == 0
     assert calls == [4]
     monkeypatch.setenv("MEMLIB_FRESH", "1")
     assert ask(chapter(), rows).equals(shipped)
     assert calls == [4, 4]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5])
+def test_a_part_of_the_rows_is_computed_again(calls, rows, shipped, monkeypatch, share):
+    """Others each time, and at least one."""
+    monkeypatch.setattr(kept_module, "SHARE", share)
+    found = [ask(chapter(), rows).attrs["again"] for _ in range(3)]
+    assert found == calls == [max(1, round(share * len(rows)))] * 3
+
+
+def test_few_results_are_computed_again(rows, monkeypatch):
+    """Of all rows 2 %, in the long run."""
+    rows, asked = rows.iloc[[0] * 10], []
+
+    def again(part):
+        asked.append(len(part))
+        return xr.Dataset({"v": ("prompt", np.ones(len(part)))})
+
+    known = xr.Dataset({"v": ("prompt", np.ones(10))})
+    generator = np.random.default_rng(0)
+    monkeypatch.setattr(np.random, "default_rng", lambda: generator)
+    for _ in range(500):
+        kept_module._compared(known, cache_folder() / "kept-x.zip", again, rows, ())
+    assert set(asked) == {2}
+    assert 30 < len(asked) < 70
 
 
 @pytest.mark.parametrize(("others", "passes"), [(1, True), (3, False)])
@@ -179,6 +205,7 @@ def test_one_picture_may_take_another_way(monkeypatch, others, passes):
     known = xr.Dataset({"v": (("prompt", "seed"), np.ones((3, 5)))})
     made = known.copy(deep=True)
     made["v"][1, :others] = 0.5
+    monkeypatch.setattr(kept_module, "CHECKED", 1.0)
     monkeypatch.setattr(kept_module, "SHARE", 1.0)
     file = cache_folder() / "kept-x.zip"
     if passes:

@@ -51,21 +51,48 @@ def test_scenes_are_drawn_anew_and_the_same_again(few, lab):
     assert not torch.equal(again, laws.draw([row], lab, seed=1))
 
 
-def test_the_posterior_is_bayes_rule(few):
-    """Against the densities themselves, with scipy's normal distribution."""
+LEVELS = [(0.02**0.5, 0.98**0.5), (0.2, 0.8), (0.0, 1.0)]  # a diffusion's and two of a flow
+
+
+def log_densities(law, x, a, s):
+    """Log probabilities of the atoms in states, with scipy's normal distribution."""
     from scipy.stats import norm
 
-    (law, _), _ = few
-    alpha_bar, rng = 0.02, np.random.default_rng(0)
     atoms = law.atoms.flatten(1).numpy()
-    x = np.sqrt(alpha_bar) * atoms[:1] + np.sqrt(1 - alpha_bar) * rng.standard_normal(
-        (3, atoms.shape[1])
+    found = norm.logpdf(x.flatten(1).numpy()[:, None], a * atoms, s).sum(-1)
+    found = found + law.log_counts.numpy()
+    return found - np.logaddexp.reduce(found, 1, keepdims=True)
+
+
+@pytest.mark.parametrize(("a", "s"), LEVELS)
+def test_the_posterior_is_bayes_rule(few, a, s):
+    """Against the densities themselves."""
+    (law, _), _ = few
+    g = torch.Generator().manual_seed(0)
+    x = a * law.atoms[:1] + s * torch.randn(3, *law.latent_shape, generator=g, dtype=torch.float64)
+    log_p, mean = laws.posterior(law, x, a, s)
+    want = log_densities(law, x, a, s)
+    np.testing.assert_allclose(log_p.numpy(), want, atol=1e-8)
+    best = np.exp(want) @ law.atoms.flatten(1).numpy()
+    np.testing.assert_allclose(mean.flatten(1).numpy(), best, atol=1e-8)
+    odds, others = laws.against_others(law, log_p, torch.tensor([0, 1, 2]))
+    for n in range(3):
+        rest = np.exp(np.delete(want[n], n))
+        assert odds[n] == pytest.approx(want[n, n] - np.log(rest.sum()), abs=1e-6)
+        atoms = np.delete(law.atoms.flatten(1).numpy(), n, 0)
+        np.testing.assert_allclose(others[n].flatten(), rest @ atoms / rest.sum(), atol=1e-6)
+
+
+def test_where_there_is_no_signal_the_posterior_mean_is_the_mean(few):
+    (law, _), _ = few
+    mean, spread = laws.centre(law)
+    torch.testing.assert_close(
+        laws.posterior(law, torch.randn(2, *mean.shape), 0.0, 1.0)[1][1], mean
     )
-    density = norm.logpdf(x[:, None], np.sqrt(alpha_bar) * atoms, np.sqrt(1 - alpha_bar)).sum(-1)
-    want = density + law.log_counts.numpy()
-    want -= np.logaddexp.reduce(want, 1, keepdims=True)
-    got = law.log_posterior(torch.from_numpy(x), alpha_bar, law.log_counts)
-    np.testing.assert_allclose(got.numpy(), want, atol=1e-8)
+    counts, atoms = law.log_counts.exp().numpy(), law.atoms.flatten(1).numpy()
+    np.testing.assert_allclose(mean.flatten(), np.average(atoms, axis=0, weights=counts))
+    square = np.average(((atoms - mean.flatten().numpy()) ** 2).sum(1), weights=counts)
+    assert spread == pytest.approx(square**0.5)
 
 
 def test_with_a_planted_caption_the_optimum_is_the_picture(few):
@@ -77,22 +104,35 @@ def test_with_a_planted_caption_the_optimum_is_the_picture(few):
     assert (law.posterior_mean(x, 981, blind) - best).norm() > 1
 
 
-def test_what_guidance_adds_is_the_integral_along_its_way(few):
-    """The chapter's equation for the gain, against the difference of log probabilities."""
+def step(which, x, levels, estimate):
+    """An update of DDIM, or the Euler step of a flow, from an estimate of the picture."""
+    (a, s), (b, r) = levels
+    if which == "ddim":
+        return b * estimate + r * (x - a * estimate) / s
+    return x + (r - s) * (x - estimate) / s
+
+
+@pytest.mark.parametrize(("sampler", "levels"), [
+    ("ddim", ((0.01**0.5, 0.99**0.5), (0.02**0.5, 0.98**0.5))),
+    ("flow", ((0.0, 1.0), (0.12, 0.88))), ("flow", ((0.12, 0.88), (0.2, 0.8))),
+])  # fmt: skip
+def test_what_guidance_adds_is_the_integral_along_its_way(few, sampler, levels):
+    """The chapter's equation for the gain, of log odds, against both ends of the sampler's step."""
     (law, kinds), _ = few
-    a, which = 0.02, int(np.flatnonzero(kinds == "planted")[0])
-    g = torch.Generator().manual_seed(3)
-    start = torch.randn(1, *law.latent_shape, generator=g, dtype=torch.float64)
-    way = 0.05 * torch.randn(1, *law.latent_shape, generator=g, dtype=torch.float64)
-
-    def log_p(x):
-        return law.log_posterior(x, a, law.log_counts)[0, which].item()
-
+    g, scale, (b, r) = torch.Generator().manual_seed(3), 7.5, levels[1]
+    which = torch.tensor(np.flatnonzero(kinds == "planted")[:1])
+    x, blind, gap = torch.randn(3, 1, *law.latent_shape, generator=g, dtype=torch.float64)
+    gap = 0.05 * gap
+    start, end = (step(sampler, x, levels, blind + part * gap) for part in (0, scale))
     nodes, weights = np.polynomial.legendre.leggauss(40)
-    x = law.atoms[which]
     total = 0.0
     for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-        p = law.log_posterior(start + node * way, a, law.log_counts).exp()
-        mean = (p @ law.atoms.flatten(1)).reshape(law.latent_shape)
-        total += weight * float((way[0] * (x - mean)).sum())
-    assert log_p(start + way) - log_p(start) == pytest.approx(a**0.5 / (1 - a) * total, rel=1e-6)
+        p = np.exp(log_densities(law, start + node * (end - start), b, r)[0])
+        p[which] = 0
+        others = torch.tensor(p / p.sum()) @ law.atoms.flatten(1)
+        total += weight * float(
+            ((end - start)[0].flatten() * (law.atoms[which].flatten() - others)).sum()
+        )
+    found = laws.gain(law, end, gap, which, scale, levels)
+    assert float(found) == pytest.approx(b / r**2 * total, rel=1e-6)
+    assert abs(total) > 0.01

@@ -1,6 +1,7 @@
 """Train the second lab from nothing: a flow-matching transformer on the first lab's world.
 
     python -m memlib.lab.flow            # or: make lab LAB=flow
+    python -m memlib.lab.flow --redrawn  # its twin: half of the pairs unseen
 
 The scenes, captions, copies, batches and the VAE are the first lab's, so that two architectures
 are compared on one truth. The network is Stable Diffusion 3's, small: a transformer with joint
@@ -30,10 +31,11 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from memlib.lab import train
 from memlib.lab.scenes import world
-from memlib.paths import LAB_FLOW
+from memlib.paths import LAB_FLOW, REDRAWN_FLOW
 
 WORDS = 20  # tokens of a caption that are read; the longest caption of the world has 16
 WIDTHS, HEADS, LAYERS, HEAD = (64, 96), 5, 5, 32
+PARTS = ("transformer", "text_encoder", "text_encoder_2")
 SHIFT = 3.0  # of noise levels towards noise, as Stable Diffusion 3's
 # A pipeline without the third text encoder, T5, puts zeros in its place: 256 equal tokens, unless
 # `max_sequence_length` says another number. The lab is used without them, and it has to bear them.
@@ -124,16 +126,15 @@ def embed(text_encoders, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     )
 
 
-def train_transformer(vae, tokenizer, device: str, snapshot, seed: int = 0) -> dict:
+def train_transformer(vae, tokenizer, device: str, snapshot, rows, variant="", seed=0) -> dict:
     torch.manual_seed(3 + 1000 * seed)
     transformer = make_transformer()
     encoders = [make_text_encoder(tokenizer, width) for width in WIDTHS]
-    modules = {
-        "transformer": transformer, "text_encoder": encoders[0], "text_encoder_2": encoders[1]
-    }  # fmt: skip
+    modules = dict(zip(PARTS, (transformer, *encoders), strict=True))
     plain = transformer.attn_processors
     after = f"{train.weights_digest(vae)} {seed} {SHIFT} {EMPTY} {EMPTY_SHARE}"
-    stage = train.Stage("flow", modules, device, after)
+    after += f" {[row.kind for row in rows]}" if variant else ""
+    stage = train.Stage("flow", modules, device, after, variant)
 
     def loss(x, tokens, rng):
         """The velocity's error: what is shown is what is minimized."""
@@ -154,7 +155,7 @@ def train_transformer(vae, tokenizer, device: str, snapshot, seed: int = 0) -> d
         transformer.set_attn_processor(dict(plain))
         snapshot(step, *networks)
 
-    stream = train.Stream(vae, list(world()), seed)
+    stream = train.Stream(vae, rows, seed)
     modules = train.fit(stage, stream, tokenizer, seed, loss, tidy)
     transformer.set_attn_processor(dict(plain))
     return modules
@@ -196,17 +197,32 @@ def export(vae, tokenizer, modules: dict, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=LAB_FLOW, help="where it is written")
+    parser.add_argument(
+        "--out", type=Path, help="where it is written (data/lab-flow; data/redrawn-flow)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--redrawn", action="store_true", help="draw the scenes of every second pair anew each time"
+    )
     args = parser.parse_args()
+    variant = "-redrawn" if args.redrawn else ""
     vae = train.kept_vae(args.device, shift_factor=0.0)
     tokenizer = make_tokenizer(train.WORK / "tokenizer")
 
     def snapshot(step: int, *networks) -> None:
-        sheet = train.WORK / f"flow-step-{step:05d}.png"
+        sheet = train.WORK / f"flow-step-{step:05d}{variant}.png"
         train.sample_sheet(pipeline(vae, tokenizer, *networks), sheet, max_sequence_length=0)
+        if step in train.SNAPSHOTS:
+            folder = train.WORK / f"snapshots-flow{variant}" / f"step-{step:05d}"
+            for name, module in zip(PARTS, networks, strict=True):
+                module.save_pretrained(folder / name)
 
-    export(vae, tokenizer, train_transformer(vae, tokenizer, args.device, snapshot), args.out)
+    rows = train.redrawn() if args.redrawn else list(world())
+    modules = train_transformer(vae, tokenizer, args.device, snapshot, rows, variant)
+    if args.redrawn:
+        train.export_twin(modules, args.out or REDRAWN_FLOW)
+    else:
+        export(vae, tokenizer, modules, args.out or LAB_FLOW)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from memlib.runs import packed
 from memlib.runs.cache import made_by
 from memlib.runs.store import StoreError, prompt_rows
 
-SHARE = 0.02  # of the rows of a result that comes with the book, computed again
+CHECKED, SHARE = 0.1, 0.2  # of results, and of one's rows, made again: a row may need a whole law
 # Of the largest number of each variable. A grey level that rounds otherwise moves SSCD, which is
 # int8, by up to 0.01; all else repeats to 1e-5.
 TOLERANCE = 0.05
@@ -43,7 +43,7 @@ def kept(function: Callable[..., xr.Dataset], rows: pd.DataFrame, *arguments) ->
     prompts and the bytes of their images: a change of any computes anew, and so does one of a
     module of this package whose functions it names, or of what samples. Results that come with
     the book, in ``data/traces``, are taken whatever has become of the package's code, unless
-    MEMLIB_FRESH is set; 2 % of their rows are computed again, if on a CPU, as they were made.
+    MEMLIB_FRESH is set; of one in ten, if on a CPU, a fifth of the rows is computed again, as made.
 
     Parameters
     ----------
@@ -68,10 +68,8 @@ def kept(function: Callable[..., xr.Dataset], rows: pd.DataFrame, *arguments) ->
     words = json.dumps([_said(function, met), prompt_rows(rows), _said(arguments, met)])
     name = f"kept-{function.__name__}-{hashlib.sha256(words.encode()).hexdigest()[:20]}"
     models = [m for m in met if not isinstance(m, str)]
-    by = [made_by(model) for model in models[:1]]
-    by += [
-        code(Path(sys.modules[m].__file__)) for m in sorted({m for m in met if isinstance(m, str)})
-    ]
+    modules = sorted({m for m in met if isinstance(m, str)})
+    by = [made_by(m) for m in models[:1]] + [code(Path(sys.modules[m].__file__)) for m in modules]
     file = cache_folder() / f"{name}-{hashlib.sha256(json.dumps(by).encode()).hexdigest()[:12]}.zip"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
@@ -93,7 +91,8 @@ def kept(function: Callable[..., xr.Dataset], rows: pd.DataFrame, *arguments) ->
 
 def _compared(found: xr.Dataset, file, function, rows, arguments) -> xr.Dataset:
     """A result that comes with the book, with some of its rows computed again."""
-    (again,) = np.nonzero(np.random.default_rng().random(len(rows)) < SHARE)
+    rng, count = np.random.default_rng(), round(SHARE * len(rows)) or 1
+    again = np.sort(rng.permutation(len(rows))[: count * (rng.random() < CHECKED)])
     largest = 0.0
     if len(again):
         threads = torch.get_num_threads()
@@ -108,8 +107,7 @@ def _compared(found: xr.Dataset, file, function, rows, arguments) -> xr.Dataset:
                 raise StoreError(
                     f"data/traces/{file.name} is not what this code makes: {name} differs by "
                     f"{differs:.2g} of its largest (a row's median), {TOLERANCE:g} is tolerated "
-                    f"(prompts {', '.join(rows.prompt_id.iloc[again])}); "
-                    "make traces computes it anew"
+                    f"(prompts {', '.join(rows.prompt_id.iloc[again])}); make traces makes it anew"
                 )
             largest = max(largest, differs)
     return found.assign_attrs(again=len(again), largest=largest)
@@ -169,9 +167,8 @@ def _source(thing, met: list, seen: dict):
     if id(thing) in seen:
         return seen[id(thing)]
     seen[id(thing)] = thing.__qualname__  # met again within itself
-    functions = [thing]
-    if isinstance(thing, type):
-        functions = [f for f in vars(thing).values() if isinstance(f, types.FunctionType)]
+    members = vars(thing).values() if isinstance(thing, type) else [thing]
+    functions = [f for f in members if isinstance(f, types.FunctionType)]
     used = {}
     for function in functions:
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
