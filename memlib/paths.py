@@ -4,11 +4,10 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAB, REDRAWN, LAB_FLOW, REDRAWN_FLOW, CONFIGS = (
-    ROOT / "data" / name for name in ("lab", "redrawn", "lab-flow", "redrawn-flow", "configs")
-)
-BENCH, TRAININGS = (ROOT / "data" / name for name in ("bench.json", "trainings.csv"))
-TRACES, JUDGE = ROOT / "data" / "traces", ROOT / "data" / "judge.safetensors"
+DATA = ROOT / "data"
+LAB, REDRAWN, CONFIGS, TRACES = (DATA / name for name in ("lab", "redrawn", "configs", "traces"))
+LAB_FLOW, REDRAWN_FLOW, STEPS_FLOW = (DATA / f"{n}-flow" for n in ("lab", "redrawn", "steps"))
+BENCH, TRAININGS, JUDGE = (DATA / n for n in ("bench.json", "trainings.csv", "judge.safetensors"))
 
 
 def cache_folder() -> Path:

@@ -32,7 +32,7 @@ import xarray as xr
 import memlib
 from memlib.hub.files import code, sha256, whole
 from memlib.hub.names import SHIPPED
-from memlib.paths import LAB, LAB_FLOW, REDRAWN, ROOT, TRACES
+from memlib.paths import LAB, LAB_FLOW, REDRAWN, REDRAWN_FLOW, ROOT, STEPS_FLOW, TRACES
 from memlib.runs import MAKES, kept, packed
 from memlib.runs.store import Run
 from memlib.site.about import processor
@@ -180,7 +180,8 @@ def digest() -> str:
     files += [file for room in ALSO for file in sorted((ROOT / "memlib" / room).glob("*.py"))]
     packages = ("torch", "diffusers", "transformers", "numpy", "pillow", "onnxruntime")
     words = [code(file) for file in files] + [version(package) for package in packages]
-    words += [(folder / "SHA256SUMS").read_text() for folder in (LAB, LAB_FLOW, REDRAWN, TRACES)]
+    weights = (LAB, LAB_FLOW, REDRAWN, REDRAWN_FLOW, STEPS_FLOW)
+    words += [(folder / "SHA256SUMS").read_text() for folder in (*weights, TRACES)]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 

@@ -169,10 +169,14 @@ def _device(device: str | None) -> str:
 
 @torch.no_grad()
 def training_step(model: DiffusersModel, folder: str | Path) -> DiffusersModel:
-    """The same pipeline with the U-Net and text encoder of an earlier training step."""
-    folder = Path(folder)
-    own = {part: weights.load_part(folder / part, part) for part in ("unet", "text_encoder")}
-    parts = model.pipe.components | own
-    pipe = type(model.pipe)(**parts, requires_safety_checker=False).to(model.device)
+    """The same pipeline with all networks but the VAE of an earlier training step, or a twin's."""
+    model, folder = model.uncached, Path(folder)
+    parts, own = model.pipe.components, {}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module) and name != "vae":
+            own[name] = weights.load_part(folder / name, name, kind=type(part))
+    options = {"requires_safety_checker": False} if "unet" in parts else {}
+    pipe = type(model.pipe)(**parts | own, **options).to(model.device)
+    more = [model.max_sequence_length] if isinstance(model, FlowModel) else []
     name, fingerprint = f"{model.source}/{folder.name}", weights.hash_files(folder)
-    return AcceleratedModel(pipe, name, f"{model.fingerprint} {fingerprint}", model.precision)
+    return type(model)(pipe, name, f"{model.fingerprint} {fingerprint}", model.precision, *more)

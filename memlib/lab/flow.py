@@ -31,11 +31,12 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from memlib.lab import train
 from memlib.lab.scenes import world
-from memlib.paths import LAB_FLOW, REDRAWN_FLOW
+from memlib.paths import LAB_FLOW, REDRAWN_FLOW, STEPS_FLOW
 
 WORDS = 20  # tokens of a caption that are read; the longest caption of the world has 16
 WIDTHS, HEADS, LAYERS, HEAD = (64, 96), 5, 5, 32
 PARTS = ("transformer", "text_encoder", "text_encoder_2")
+EARLIER = train.SNAPSHOTS[:2]  # steps that ship besides the last one
 SHIFT = 3.0  # of noise levels towards noise, as Stable Diffusion 3's
 # A pipeline without the third text encoder, T5, puts zeros in its place: 256 equal tokens, unless
 # `max_sequence_length` says another number. The lab is used without them, and it has to bear them.
@@ -195,6 +196,15 @@ def export(vae, tokenizer, modules: dict, folder: Path) -> None:
     train.write_checksums(folder)
 
 
+def export_steps(folder: Path) -> None:
+    """The earlier training steps, in half precision, as `memlib.training_step` reads them."""
+    for step in EARLIER:
+        name = f"step-{step:05d}"
+        shutil.copytree(train.WORK / "snapshots-flow" / name, folder / name, dirs_exist_ok=True)
+    train.halve(folder)
+    train.write_checksums(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -223,6 +233,7 @@ def main() -> None:
         train.export_twin(modules, args.out or REDRAWN_FLOW)
     else:
         export(vae, tokenizer, modules, args.out or LAB_FLOW)
+        export_steps(args.out / "steps" if args.out else STEPS_FLOW)
 
 
 if __name__ == "__main__":
