@@ -1,6 +1,7 @@
 """Flow matching: levels, the exact model, and Stable Diffusion 3's pipeline with random weights."""
 
 import functools
+import hashlib
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -359,6 +361,46 @@ def flow():
     if not paths.LAB_FLOW.is_dir():
         pytest.skip("the flow lab is being trained")
     return memlib.load("lab-flow")
+
+
+def test_its_twin_and_earlier_steps_are_whole(flow):
+    """Checksums; each is another network, and the twin never saw what it must not."""
+    prints = {flow.fingerprint}
+    for folder in (paths.REDRAWN_FLOW, paths.STEPS_FLOW):
+        lines = (folder / "SHA256SUMS").read_text().splitlines()
+        for line in lines:
+            digest, name = line.split("  ")
+            assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
+        files = {p.relative_to(folder).as_posix() for p in folder.rglob("*.*") if p.is_file()}
+        assert files == {line.split("  ")[1] for line in lines}
+    steps = [memlib.training_step(flow, f) for f in sorted(paths.STEPS_FLOW.glob("step-*"))]
+    twin = memlib.training_step(flow, paths.REDRAWN_FLOW)
+    assert len(prints | {net.fingerprint for net in (*steps, twin)}) == len(steps) + 2
+    assert twin.max_sequence_length == flow.max_sequence_length == 0
+    pairs = memlib.load_pairs("lab").query("kind == 'planted' and multiplicity >= 32")
+    odd = pairs.prompt_id.str[-1].astype(int).values % 2 == 1
+    errors = [
+        memlib.image_error(memlib.forward_trace(m, pairs, [940], draws=1, progress=False), 1.0)
+        for m in (flow, twin)
+    ]
+    ratio = (errors[1] / errors[0]).values.ravel()
+    assert ratio[odd].min() > 2 > ratio[~odd].max()
+
+
+def test_a_step_of_another_pipeline_is_refused(flow, tmp_path):
+    with pytest.raises(ModelError, match="do not fit: 1 missing"):
+        memlib.training_step(flow, paths.REDRAWN)  # the first lab's twin
+    with pytest.raises(OSError, match="No such file"):
+        memlib.training_step(flow, tmp_path)
+    shutil.copytree(paths.REDRAWN_FLOW, tmp_path / "twin")
+    for part in ("transformer", "text_encoder_2"):
+        file = next((tmp_path / "twin" / part).glob("*.safetensors"))
+        weights = load_file(file)
+        del weights[min(weights)]
+        save_file(weights, file, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match="1 missing"):
+            memlib.training_step(flow, tmp_path / "twin")
+        shutil.copytree(paths.REDRAWN_FLOW, tmp_path / "twin", dirs_exist_ok=True)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])

@@ -36,7 +36,7 @@ from memlib.paths import LAB_FLOW, REDRAWN_FLOW, STEPS_FLOW
 WORDS = 20  # tokens of a caption that are read; the longest caption of the world has 16
 WIDTHS, HEADS, LAYERS, HEAD = (64, 96), 5, 5, 32
 PARTS = ("transformer", "text_encoder", "text_encoder_2")
-EARLIER = train.SNAPSHOTS[:2]  # steps that ship besides the last one
+EARLIER = (100, 500)  # steps that ship besides the last one: nothing copied, some pairs copied
 SHIFT = 3.0  # of noise levels towards noise, as Stable Diffusion 3's
 # A pipeline without the third text encoder, T5, puts zeros in its place: 256 equal tokens, unless
 # `max_sequence_length` says another number. The lab is used without them, and it has to bear them.
@@ -133,7 +133,7 @@ def train_transformer(vae, tokenizer, device: str, snapshot, rows, variant="", s
     encoders = [make_text_encoder(tokenizer, width) for width in WIDTHS]
     modules = dict(zip(PARTS, (transformer, *encoders), strict=True))
     plain = transformer.attn_processors
-    after = f"{train.weights_digest(vae)} {seed} {SHIFT} {EMPTY} {EMPTY_SHARE}"
+    after = f"{train.weights_digest(vae)} {seed} {SHIFT} {EMPTY} {EMPTY_SHARE} {EARLIER}"
     after += f" {[row.kind for row in rows]}" if variant else ""
     stage = train.Stage("flow", modules, device, after, variant)
 
@@ -157,7 +157,7 @@ def train_transformer(vae, tokenizer, device: str, snapshot, rows, variant="", s
         snapshot(step, *networks)
 
     stream = train.Stream(vae, rows, seed)
-    modules = train.fit(stage, stream, tokenizer, seed, loss, tidy)
+    modules = train.fit(stage, stream, tokenizer, seed, loss, tidy, EARLIER)
     transformer.set_attn_processor(dict(plain))
     return modules
 
@@ -222,7 +222,7 @@ def main() -> None:
     def snapshot(step: int, *networks) -> None:
         sheet = train.WORK / f"flow-step-{step:05d}{variant}.png"
         train.sample_sheet(pipeline(vae, tokenizer, *networks), sheet, max_sequence_length=0)
-        if step in train.SNAPSHOTS:
+        if step in EARLIER:
             folder = train.WORK / f"snapshots-flow{variant}" / f"step-{step:05d}"
             for name, module in zip(PARTS, networks, strict=True):
                 module.save_pretrained(folder / name)

@@ -460,8 +460,11 @@ def strata(rng: np.random.Generator, count: int) -> np.ndarray:
     return (rng.permutation(count) + rng.random(count)) / count
 
 
-def fit(stage: Stage, stream: Stream, tokenizer, seed: int, loss, snapshot) -> dict:
-    """Train to the stage's last step; `loss(x, tokens, rng)` gives what is shown and minimized."""
+def fit(stage: Stage, stream: Stream, tokenizer, seed: int, loss, snapshot, at=SNAPSHOTS) -> dict:
+    """Train to the stage's last step; `loss(x, tokens, rng)` gives what is shown and minimized.
+
+    `snapshot` is called `at` some steps and after the last one.
+    """
     with stage.progress() as bar:
         while stage.step < stage.steps:
             x, captions = stream.batch(stage.step, stage.batch)
@@ -474,7 +477,7 @@ def fit(stage: Stage, stream: Stream, tokenizer, seed: int, loss, snapshot) -> d
             stage.update(minimized)
             bar.update()
             bar.set_postfix(loss=f"{shown.item():.3f}", refresh=False)
-            if stage.step in SNAPSHOTS or stage.step == stage.steps:
+            if stage.step in at or stage.step == stage.steps:
                 with stage.averaged():
                     snapshot(stage.step, *stage.modules.values())
             if stage.due():
