@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jupytext
 import numpy as np
 import pandas as pd
 import pytest
@@ -501,3 +502,26 @@ def test_a_block_at_full_width_equals_the_pipeline(tmp_path):
     del pipe
     kept = ours(memlib.load(tmp_path / "wide"), CAPTIONS[:1], 7.0, 2)
     assert torch.equal(kept["x_t"][-1], theirs(tmp_path / "wide", CAPTIONS[:1], 7.0, 2))
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.parametrize("above", [-1.0, 0.8, 2.0])
+def test_a_branch_taken_from_the_twin(flow, conditional, above):
+    """The chapter's swap against Euler's steps by hand; no network is asked beyond its level."""
+    cells = jupytext.read(paths.ROOT / "book/flow.md").cells
+    names = {"torch": torch}
+    exec(next(c.source for c in cells if c.source.startswith("class Swapped:")), names)
+    nets = flow.uncached, memlib.training_step(flow, paths.REDRAWN_FLOW)
+    captions, scale = list(memlib.load_pairs("lab").caption[:2]), 3.0
+    swapped = names["Swapped"](*nets, conditional, above)
+    got = memlib.trajectories(swapped, captions, [0, 1], scale, "flow-euler", 4)["x_t"]
+    sigmas = schedule.make_scheduler(flow.scheduler_config, "flow-euler", 4).sigmas
+    x = got[0]
+    for step in range(4):
+        s, t = sigmas[step], 1000 * sigmas[step]
+        early = float(s) > above
+        of_cond, of_uncond = (nets[int(early and conditional == own)] for own in (True, False))
+        c = of_cond.predict(x, t, of_cond.encode_text(captions)[0])
+        u = of_uncond.predict(x, t, of_uncond.encode_text(captions)[1])
+        x = x + (sigmas[step + 1] - s) * (u + scale * (c - u))
+        torch.testing.assert_close(got[step + 1], x, rtol=1e-4, atol=1e-4)
