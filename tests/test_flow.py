@@ -461,8 +461,9 @@ def test_one_token_stands_for_many():
 def test_the_flow_labs_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
     small = dict(steps=4, batch=4, rate=0.02, adam=1e-3, save=2)
     monkeypatch.setattr(train, "STAGES", {"flow": small})
+    monkeypatch.setattr(flow_lab, "EARLIER", (2,))
     rows = [r for r in train.world() if r.kind in ("template", "control")][4:12]
-    monkeypatch.setattr(flow_lab, "world", lambda: [replace(r, copies=1) for r in rows])
+    rows, shown = [replace(r, copies=1) for r in rows], []
     tokenizer = flow_lab.make_tokenizer(tmp_path / "tokenizer")
     vae, update = train.make_vae().eval().requires_grad_(False), train.Stage.update
 
@@ -474,9 +475,11 @@ def test_the_flow_labs_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
 
         monkeypatch.setattr(train, "WORK", folder)
         monkeypatch.setattr(train.Stage, "update", killed)
-        return flow_lab.train_transformer(vae, tokenizer, "cpu", lambda *_: None)
+        snapshot = lambda step, *networks: shown.append(step)  # noqa: E731
+        return flow_lab.train_transformer(vae, tokenizer, "cpu", snapshot, rows)
 
     whole = run(tmp_path / "whole")
+    assert shown == [2, 4]
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", kill_at=3)
     resumed = run(tmp_path / "killed")
