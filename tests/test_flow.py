@@ -8,7 +8,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import jupytext
 import numpy as np
 import pandas as pd
 import pytest
@@ -511,6 +510,8 @@ def test_a_block_at_full_width_equals_the_pipeline(tmp_path):
 @pytest.mark.parametrize("above", [-1.0, 0.8, 2.0])
 def test_a_branch_taken_from_the_twin(flow, conditional, above):
     """The chapter's swap against Euler's steps by hand; no network is asked beyond its level."""
+    import jupytext  # not there where only the sampler is tested
+
     cells = jupytext.read(paths.ROOT / "book/flow.md").cells
     names = {"torch": torch}
     exec(next(c.source for c in cells if c.source.startswith("class Swapped:")), names)
