@@ -155,6 +155,7 @@ def shipped(calls, rows, tmp_path, monkeypatch):
     (file,) = cache_folder().glob("kept-measured-*.zip")
     (tmp_path / "shipped").mkdir()
     file.rename(tmp_path / "shipped" / f"{file.stem.rsplit('-', 1)[0]}.zip")
+    monkeypatch.setattr(kept_module, "DRAWN", 0.0)
     monkeypatch.setattr(kept_module, "CHECKED", 1.0)
     monkeypatch.setattr(kept_module, "SHARE", 1.0)
     calls.clear()
@@ -182,20 +183,23 @@ def test_a_part_of_the_rows_is_computed_again(calls, rows, shipped, monkeypatch,
 
 
 def test_few_results_are_computed_again(rows, monkeypatch):
-    """Of all rows 2 %, in the long run."""
-    rows, asked = rows.iloc[[0] * 10], []
+    """Of a kernel that is drawn half of the results; of any other none."""
+    rows, asked = rows.iloc[[0] * 20], []
 
     def again(part):
         asked.append(len(part))
         return xr.Dataset({"v": ("prompt", np.ones(len(part)))})
 
-    known = xr.Dataset({"v": ("prompt", np.ones(10))})
+    known = xr.Dataset({"v": ("prompt", np.ones(20))})
     generator = np.random.default_rng(0)
     monkeypatch.setattr(np.random, "default_rng", lambda: generator)
-    for _ in range(500):
-        kept_module._compared(known, cache_folder() / "kept-x.zip", again, rows, ())
-    assert set(asked) == {2}
-    assert 30 < len(asked) < 70
+    for drawn, least, most in ((kept_module.KERNELS - 0.01, 30, 70), (kept_module.KERNELS, 0, 0)):
+        asked.clear()
+        monkeypatch.setattr(kept_module, "DRAWN", drawn)
+        for _ in range(100):
+            kept_module._compared(known, cache_folder() / "kept-x.zip", again, rows, ())
+        assert {*asked} <= {2}
+        assert least <= len(asked) <= most
 
 
 @pytest.mark.parametrize(("others", "passes"), [(1, True), (3, False)])
@@ -205,6 +209,7 @@ def test_one_picture_may_take_another_way(monkeypatch, others, passes):
     known = xr.Dataset({"v": (("prompt", "seed"), np.ones((3, 5)))})
     made = known.copy(deep=True)
     made["v"][1, :others] = 0.5
+    monkeypatch.setattr(kept_module, "DRAWN", 0.0)
     monkeypatch.setattr(kept_module, "CHECKED", 1.0)
     monkeypatch.setattr(kept_module, "SHARE", 1.0)
     file = cache_folder() / "kept-x.zip"

