@@ -156,6 +156,7 @@ def execute(
                 kernel_name="python3", language="python",  # asked for, not looked up
                 kernel_manager_class=type("OwnKernel", (AsyncKernelManager,), own),
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+                shutdown_kernel="immediate",  # nothing is left to do, and Python is slow to end
                 config=Config({"KernelManager": {"transport_encryption": "required"}}),
             )  # fmt: skip
     except papermill.PapermillExecutionError as error:
