@@ -235,6 +235,7 @@ if __name__ == "__main__":
     parser.add_argument("--prove", type=Path, help="the cache that a fresh book has filled")
     parser.add_argument("--proved", action="store_true", help="exit status 0 where it is proved")
     parser.add_argument("--compare", type=Path, help="where to write what differs")
+    parser.add_argument("--part", type=float, default=1.0, help="of the share that is compared")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.pack:
@@ -251,7 +252,7 @@ if __name__ == "__main__":
         sys.exit(not proved())
     if arguments.compare:
         try:
-            result = compare()
+            result = compare(SHARE * arguments.part)
         except ValueError as error:
             sys.exit(str(error))
         if result is None:

@@ -8,6 +8,7 @@ merged with the outputs at hand.
 """
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -47,7 +48,7 @@ def build(
                 traces = root / "_build" / "fresh"
                 shutil.rmtree(traces, ignore_errors=True)
                 os.environ |= {"MEMLIB_CACHE": str(traces), "MEMLIB_FRESH": "1"}
-            check = sampled_again(root, made, fresh or profile != "full")
+            check = functools.partial(sampled_again, root, made, fresh or profile != "full")
             with live_lab(root, made):
                 run.run_changed(root, made, read, chosen, fresh, check)
             stage(root, made, read)
@@ -57,8 +58,10 @@ def build(
 
 
 @contextlib.contextmanager
-def sampled_again(root: Path, made: Path, fresh: bool) -> Iterator[None]:
+def sampled_again(root: Path, made: Path, fresh: bool, part: float) -> Iterator[None]:
     """Meanwhile, some of the traces that come with the book are sampled again, and compared.
+
+    `part` : of the chapters, those that run; as many fewer are sampled.
 
     Raises
     ------
@@ -69,7 +72,7 @@ def sampled_again(root: Path, made: Path, fresh: bool) -> Iterator[None]:
         yield
         (made / "compared.json").unlink(missing_ok=True)
         return
-    command = [*COMPARE, made / "compared.json"]
+    command = [*COMPARE, made / "compared.json", "--part", str(part)]
     process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
     try:
         yield

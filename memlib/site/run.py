@@ -29,13 +29,15 @@ from memlib.site.chapters import BookError, tagged
 def run_changed(
     root: Path, build: Path, chapters: dict, chosen: dict, fresh: bool = False, meanwhile=None
 ) -> list[str]:
-    """Run the chapters whose digest changed, or all, within `meanwhile`; return their names.
+    """Run the chapters whose digest changed, or all; return their names.
+
+    It is done within `meanwhile`, which is told what part of all chapters that is.
 
     On several cores they run beside each other. A chapter on a model or manifest of the reader's
     own always runs: only the cache of traces can tell whether its data changed.
     """
     if todo := changed(root, build, chapters, chosen, fresh):
-        with meanwhile or contextlib.nullcontext():
+        with meanwhile(len(todo) / len(chapters)) if meanwhile else contextlib.nullcontext():
             run_these(todo, build, chapters, chosen)
     return list(todo)
 
