@@ -11,6 +11,7 @@ from memlib import cli
 from memlib.detection import detect as detection
 from memlib.detection import statistics
 from memlib.detection.statistics import STATISTICS, Calls
+from memlib.hub.spread import SpreadModel
 from memlib.lab.scenes import world
 
 DOUBLE = dict(dtype=torch.float64)
@@ -240,3 +241,49 @@ def test_the_command(tmp_path, capsys):
     assert len(pd.read_csv(out, skiprows=1)) == 60
     assert cli.main([*command[:3], "--statistic", "magnitud"]) == 1
     assert "did you mean 'magnitude'" in capsys.readouterr().err
+
+
+class Elsewhere:
+    """A model that notes the size of each batch it is asked."""
+
+    def __init__(self, model, sizes, **other):
+        self.model, self.sizes, self.other = model, sizes, other
+
+    def __getattr__(self, name):
+        return self.other.get(name) or getattr(self.model, name)
+
+    def predict(self, x, timestep, text):
+        assert len(x) == len(text)
+        self.sizes.append(len(x))
+        return self.model.predict(x, timestep, text)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_batch_is_shared_by_devices(lab, count):
+    """Each device has a part of it, none an empty one; the numbers are those of one device."""
+    captions = [f"a red fox number {n}" for n in range(count)]
+    sizes = [[], []]
+    shared = SpreadModel([Elsewhere(lab.uncached, each) for each in sizes])
+    found, want = (detection.first_calls(m, captions, 1, branches=1) for m in (shared, lab))
+    assert sizes == ([[3], [2]] if count == 5 else [[1], []])
+    torch.testing.assert_close(found.eps_cond, want.eps_cond, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.x, want.x)
+
+
+def test_a_batch_is_not_shared_by_other_weights(lab):
+    with pytest.raises(ValueError, match="same weights and precision"):
+        SpreadModel([lab, Elsewhere(lab, [], fingerprint="other")])
+
+
+def test_the_command_on_two_devices(tmp_path, capsys):
+    """The second has the same table; a device that is not here is one line."""
+    for devices in ("cpu", "cpu,cpu"):
+        out = tmp_path / f"{len(devices)}.csv"
+        command = ["detect", "--out", str(out), "--device", devices]
+        assert cli.main(command) == 0
+        assert f"on {devices.replace(',', ', ')}, at most" in capsys.readouterr().out
+    one, two = (pd.read_csv(tmp_path / f"{n}.csv", skiprows=1) for n in (3, 7))
+    assert list(two.prompt_id) == list(one.prompt_id)
+    assert two.score.to_numpy() == pytest.approx(one.score.to_numpy(), rel=1e-5)
+    assert cli.main(["detect", "--device", "cuda:0,cuda:7"]) == 1
+    assert "cuda:0" in capsys.readouterr().err

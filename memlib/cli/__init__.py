@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rate", type=float, default=0.01, help="of false alarms")
     add("--batch-size", type=positive, default=16, help="of captions")
     add("--out", type=Path, help="CSV file of all prompts; stopped, it goes on where it was")
-    add("--device", help="cuda, cuda:1, cpu; a GPU by default")
+    add("--device", help="cpu, or GPUs, as cuda:0,cuda:1; by default all")
     add("--dtype", help="of the U-Net: float16, bfloat16 or float32")
 
     add = command(
