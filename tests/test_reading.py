@@ -8,7 +8,9 @@ import re
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import xarray as xr
 
+import memlib
 from memlib import plot
 from memlib.paths import ROOT
 from memlib.site import about, chapters, page
@@ -107,3 +109,30 @@ def test_lines_are_named_where_they_end():
     page.label_lines(empty)
     assert not empty.texts
     plt.close(figure)
+
+
+def test_pictures_are_scored_once(tmp_path, monkeypatch):
+    """A second chapter reads what the first one found, of the same pictures by the same measure."""
+    monkeypatch.setenv("MEMLIB_CACHE", str(tmp_path))
+    pairs = memlib.load_pairs("lab").iloc[:2]
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), dtype=np.uint8)
+    trace = xr.Dataset({"image": (("prompt", "seed", "y", "x", "rgb"), pictures)})
+    asked = []
+
+    def score(*arguments):
+        asked.append(arguments[2])
+        return memlib.trace.score(*arguments)
+
+    monkeypatch.setattr(page, "score", score)
+    first, again = (page.rescored(trace, pairs, "ncc") for _ in range(2))
+    assert again.identical(first)
+    assert first.identical(memlib.trace.score(trace, pairs, "ncc"))
+    assert asked == ["ncc"]
+    page.rescored(trace, pairs.iloc[::-1], "ncc")
+    page.rescored(trace.assign(image=trace.image + 1), pairs, "ncc")
+    page.rescored(trace, pairs, "sscd")
+    assert asked == ["ncc", "ncc", "ncc", "sscd"]
+    trace["severity"] = memlib.trace.score(trace, pairs, "ncc").severity
+    assert page.both_measures(trace, pairs)[1].severity.attrs["measure"] == "sscd"
+    assert asked == ["ncc", "ncc", "ncc", "sscd"]
+    assert np.isnan(page.rescored(trace.drop_vars("image"), pairs, "sscd").severity).all()
