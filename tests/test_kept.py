@@ -171,7 +171,7 @@ def test_what_comes_with_the_book_is_compared(calls, rows, shipped, monkeypatch)
     assert calls == [4]
     monkeypatch.setenv("MEMLIB_FRESH", "1")
     assert ask(chapter(), rows).equals(shipped)
-    assert calls == [4, 4]
+    assert calls == [4, 4, 1]  # and a row alone
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5])
@@ -224,6 +224,18 @@ def test_one_picture_may_take_another_way(monkeypatch, others, passes):
 def test_what_this_code_does_not_make_is_an_error(calls, rows, shipped, monkeypatch):
     monkeypatch.setattr(np.random, "machine", 1.1)
     with pytest.raises(
-        StoreError, match=r"not what this code makes: v differs by 0\.0.*make traces"
+        StoreError, match=r"make traces.* is not what this code makes: v differs by 0\.0"
     ):
         ask(chapter(), rows)
+
+
+def test_a_row_that_hangs_on_the_others_is_refused(calls, rows, monkeypatch):
+    """It could not be computed again; found where everything is made from nothing."""
+    monkeypatch.setenv("MEMLIB_FRESH", "1")
+    together = chapter("np.random.machine\n", "np.random.machine * len(rows)\n")
+    with pytest.raises(StoreError, match="other numbers alone than among others: v differs"):
+        ask(together, rows)
+    assert not [*cache_folder().glob("kept-*.zip")]
+    assert calls == [4, 1]
+    ask(together, rows.iloc[:1])  # there are no others
+    assert calls == [4, 1, 1]

@@ -63,7 +63,8 @@ def kept(function: Callable[..., xr.Dataset], rows: pd.DataFrame, *arguments) ->
     Raises
     ------
     StoreError
-        What comes with the book is not what this code makes.
+        What comes with the book is not what this code makes; with MEMLIB_FRESH, a row is another
+        alone than among others.
     TypeError
         An argument, or what `function` uses, cannot be told from others of its kind.
     """
@@ -88,6 +89,9 @@ def kept(function: Callable[..., xr.Dataset], rows: pd.DataFrame, *arguments) ->
                 found = _compared(found, known, function, rows, arguments)
             return found
         found = function(rows, *arguments)
+        if os.environ.get("MEMLIB_FRESH") and len(rows) > 1:
+            what = f"{function.__name__} gives a row other numbers alone than among others"
+            _again(found, np.array([len(rows) - 1]), function, rows, arguments, what)
         packed.pack(found, file, source=models[0].source if models else "")
         return found
 
@@ -97,24 +101,29 @@ def _compared(found: xr.Dataset, file, function, rows, arguments) -> xr.Dataset:
     rng, count = np.random.default_rng(), round(SHARE * len(rows)) or 1
     checked = DRAWN < KERNELS and rng.random() < CHECKED
     again = np.sort(rng.permutation(len(rows))[: count * checked])
-    largest = 0.0
-    if len(again):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as they were made: another number rounds otherwise
-        try:
-            new = function(rows.iloc[again], *arguments)
-        finally:
-            torch.set_num_threads(threads)
-        for name, values in found.items():
-            differs = apart(values.values, new[name].values, again)
-            if differs > TOLERANCE:
-                raise StoreError(
-                    f"data/traces/{file.name} is not what this code makes: {name} differs by "
-                    f"{differs:.2g} of its largest (a row's median), {TOLERANCE:g} is tolerated "
-                    f"(prompts {', '.join(rows.prompt_id.iloc[again])}); make traces makes it anew"
-                )
-            largest = max(largest, differs)
+    what = f"data/traces/{file.name} (make traces makes it anew) is not what this code makes"
+    largest = _again(found, again, function, rows, arguments, what) if len(again) else 0.0
     return found.assign_attrs(again=len(again), largest=largest)
+
+
+def _again(found: xr.Dataset, again: np.ndarray, function, rows, arguments, what: str) -> float:
+    """The largest difference of these rows from what they give when only they are computed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as they were made: another number rounds otherwise
+    try:
+        new = function(rows.iloc[again], *arguments)
+    finally:
+        torch.set_num_threads(threads)
+    largest = 0.0
+    for name, values in found.items():
+        differs = apart(values.values, new[name].values, again)
+        if differs > TOLERANCE:
+            raise StoreError(
+                f"{what}: {name} differs by {differs:.2g} of its largest (a row's median), "
+                f"{TOLERANCE:g} is tolerated (prompts {', '.join(rows.prompt_id.iloc[again])})"
+            )
+        largest = max(largest, differs)
+    return largest
 
 
 def apart(old: np.ndarray, new: np.ndarray, rows=slice(None)) -> float:
