@@ -31,7 +31,7 @@ from memlib.runs.store import StoreError, prompt_rows
 
 # Of kernels, of the results that one reads, and of one's rows: made again. Which kernel is drawn
 # once, since what several results need, a whole law, is made once.
-KERNELS, CHECKED, SHARE = 0.1, 0.5, 0.1
+KERNELS, CHECKED, SHARE = 0.2, 0.1, 0.1
 DRAWN = np.random.default_rng().random()
 # Of the largest number of each variable. A grey level that rounds otherwise moves SSCD, which is
 # int8, by up to 0.01; all else repeats to 1e-5.
@@ -46,7 +46,7 @@ def kept(function: Callable[..., xr.Dataset], rows: pd.DataFrame, *arguments) ->
     prompts and the bytes of their images: a change of any computes anew, and so does one of a
     module of this package whose functions it names, or of what samples. Results that come with
     the book, in ``data/traces``, are taken whatever has become of the package's code, unless
-    MEMLIB_FRESH is set; on a CPU one kernel in ten computes a part of them again, as made.
+    MEMLIB_FRESH is set; on a CPU one kernel in five computes a part of them again, as made.
 
     Parameters
     ----------
