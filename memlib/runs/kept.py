@@ -98,7 +98,8 @@ def kept(function: Callable[..., xr.Dataset], rows: pd.DataFrame, *arguments) ->
 
 def _compared(found: xr.Dataset, file, function, rows, arguments) -> xr.Dataset:
     """A result that comes with the book, with some of its rows computed again."""
-    rng, count = np.random.default_rng(), round(SHARE * len(rows)) or 1
+    rng = np.random.default_rng()
+    count = int(SHARE * len(rows) + rng.random())  # of one row, all, now and then
     checked = DRAWN < KERNELS and rng.random() < CHECKED
     again = np.sort(rng.permutation(len(rows))[: count * checked])
     what = f"data/traces/{file.name} (make traces makes it anew) is not what this code makes"
