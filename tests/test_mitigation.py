@@ -467,7 +467,7 @@ def test_on_the_architecture_of_stable_diffusion():
         requires_safety_checker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
-    size = dict(steps=3, height=64, width=64)
+    size = dict(steps=4, height=64, width=64)
     before = made(pipe, **size)
     with memlib.guard(pipe, threshold=np.inf) as watch:
         assert torch.equal(made(pipe, **size), before)

@@ -22,6 +22,7 @@ def detect(options) -> int:
     if options.out and not options.out.resolve().parent.is_dir():
         raise ValueError(f"--out {options.out}: it must name a file in a folder that is there")
     model = _on_devices(options)
+    devices = [str(each.device) for each in getattr(model, "models", [model])]
     prompts = load_pairs(options.prompts or default_pairs(options.model))
     null = load_pairs(options.calibrate) if options.calibrate else None
     count = len(prompts) + (0 if null is None else len(null))
@@ -33,7 +34,7 @@ def detect(options) -> int:
         seconds = time.monotonic() - start
     print(
         f"{count} prompts, {options.seeds} seeds, {options.statistic}: {count * calls} calls of "
-        f"{model.source} in {model.precision} on {_named(model)}, at most "
+        f"{model.source} in {model.precision} on {', '.join(devices)}, at most "
         f"{max(1, round(count * calls * seconds / 60))} min"
     )
     if hasattr(model, "tokens_cut") and (
@@ -42,7 +43,7 @@ def detect(options) -> int:
         print(f"{cut} captions are longer than the text encoder reads: their ends are not seen")
     table = detection.detect(
         model, prompts, null, options.statistic, options.seeds, options.rate,
-        options.batch_size * len(getattr(model, "models", [model])), options.out,
+        options.batch_size * len(devices), options.out,
     )  # fmt: skip
     flagged = (table.verdict == "memorized").sum()
     print(
@@ -60,7 +61,3 @@ def _on_devices(options):
     asked = options.device.split(",") if options.device else gpus if len(gpus) > 1 else [None]
     each = [load(options.model, on, options.dtype, options.revision) for on in asked]
     return SpreadModel(each) if len(each) > 1 else each[0]
-
-
-def _named(model) -> str:
-    return ", ".join(str(each.device) for each in getattr(model, "models", [model]))
