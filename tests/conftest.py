@@ -13,7 +13,10 @@ from jaxtyping import install_import_hook
 # shapes and types of memlib's functions are checked here and nowhere else
 install_import_hook("memlib", "beartype.beartype")
 
+import contextlib
+import functools
 import hashlib
+import socket
 
 import pandas as pd
 import pytest
@@ -21,6 +24,7 @@ import pytest
 import memlib
 from memlib import measures
 from memlib.hub import lists, sscd
+from memlib.site import forked
 
 
 def pytest_collection_modifyitems(items):
@@ -32,6 +36,28 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="module")
 def lab():
     return memlib.load("lab")
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """What stands for Python's name in a command, with packages imported in this environment."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def python(**more: str) -> list[str]:
+            return stack.enter_context(forked.python(os.environ | more))
+
+        yield python
+
+
+@pytest.fixture(scope="session")
+def hub_of_ours(tmp_path_factory):
+    """Where a made-up Hub is, and the folder of its downloads, as the environment says them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    home = str(tmp_path_factory.mktemp("hub") / "home")
+    return {"HF_ENDPOINT": address, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1"}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ no multiplicity, and some prompts have no image.
 """
 
 import json
+import os
 import re
 
 import numpy as np
@@ -16,13 +17,13 @@ from test_prompts import LIST
 import memlib
 from memlib import claims, prompts
 from memlib.paths import ROOT
-from memlib.site import chapters, ledger, page, run
+from memlib.site import chapters, forked, ledger, page, run
 
 pytestmark = pytest.mark.slow
 SIZES = "every=1 steps=4 seeds=2 ddpm_seeds=2 draws=1 timesteps=(940,) unguided_seeds=1 "
 SIZES += "checkpoint_draws=1 scales=(3,) sweep_every=2 sweep_seeds=1 uncaptioned=2 many=4 "
 SIZES += "many_seeds=3 many_every=1 many_steps=4 few_steps=(2,) few_seeds=1 "
-SIZES += "first_steps=4 treated_steps=4"
+SIZES += "first_steps=4 treated_steps=4 rare_seeds=2 blank=12 mitigation.every=3"
 CORE = (
     "overestimated conditional-aligned unconditional-not-aligned converge-earlier image-ahead "
     "noise-behind d1-severity d2-severity almost-perfect guided-error conditional-loss"
@@ -52,11 +53,13 @@ def ran(tmp_path_factory):
     assignments = f"{SIZES} pairs={folder / 'pairs.csv'}"
     chosen = chapters.choose(defaults, "smoke", {"smoke": {}}, assignments, "")
     glued = {}
-    with pytest.MonkeyPatch.context() as patch:
+    kernels = forked.python(os.environ | run.of_kernels())
+    with pytest.MonkeyPatch.context() as patch, kernels as python:
         patch.setenv("MEMLIB_CACHE", str(folder / "traces"))
         for name in (name for name in read if name != "lab"):
-            made = json.loads(run.execute(name, read[name], chosen[name], folder))
-            outputs = [out for cell in made["cells"] for out in cell.get("outputs", [])]
+            own = chosen[name] if "pairs" in defaults[name] else {}  # else it has no list
+            made = run.execute(name, read[name], own, folder, python=python)
+            outputs = [out for cell in json.loads(made)["cells"] for out in cell.get("outputs", [])]
             glued[name] = {
                 out["metadata"]["scrapbook"]["name"]: "".join(
                     out["data"]["application/papermill.record/text/plain"]

@@ -370,8 +370,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(folders, tmp_path):
+def hub(folders, tmp_path, forks, hub_of_ours):
     """Run a script with a fake Hub as the Hub; returns (exit status, output, error output)."""
+    shutil.rmtree(hub_of_ours["HF_HOME"], ignore_errors=True)
     shutil.copytree(folders("sd14"), tmp_path / "hub/some/model")
     shutil.copytree(folders("sd14") / "vae", tmp_path / "hub/some/vae")
     (tmp_path / "hub/some/nothing").mkdir()
@@ -385,26 +386,27 @@ def hub(folders, tmp_path):
     (xl / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     own = {"folder": tmp_path / "hub", "begun": [], "killed": threading.Event()}
     handler = type("OneHub", (Hub,), own)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {
-        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
-        "MEMLIB_CACHE": str(tmp_path / "cache"),
-    }  # fmt: skip
+    port = int(hub_of_ours["HF_ENDPOINT"].rsplit(":", 1)[1])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    environment = os.environ | hub_of_ours | {"MEMLIB_CACHE": str(tmp_path / "cache")}
 
     def run(script: str, **more):
+        read = {name: value for name, value in more.items() if name.startswith("HF_")}
         result = subprocess.run(
-            [sys.executable, "-c", f"import memlib\n{script}"], env=environment | more,
-            capture_output=True, text=True,
+            [*forks(**hub_of_ours, **read), "-c", f"import memlib\n{script}"],
+            env=environment | more, capture_output=True, text=True,
         )  # fmt: skip
         return result.returncode, result.stdout, result.stderr.strip().splitlines()[-1:]
 
     run.handler, run.server, run.environment = handler, server, environment
+    run.home = Path(hub_of_ours["HF_HOME"])
     yield run
     server.shutdown()
+    server.server_close()
 
 
+AT_ONCE = "import time; time.sleep = lambda seconds: None\n"  # the Hub's library tries for 23 s
 RECORD = """
 import pandas as pd
 pairs = pd.DataFrame({"prompt_id": ["0"], "caption": ["a dog"], "image": [""]})
@@ -436,10 +438,9 @@ def test_a_model_of_the_hub(hub):
     assert out.strip() == f"some/model@{COMMIT} vae some/vae@{COMMIT}"
     hub.server.shutdown()
     hub.server.server_close()
-    status, out, error = hub('print(memlib.load("some/model").fingerprint)')  # no server
+    status, out, error = hub(AT_ONCE + 'print(memlib.load("some/model").fingerprint)')  # no server
     assert (status, out.strip()) == (0, fingerprint), error
-    home = Path(hub.handler.folder).parent / "home"
-    shutil.rmtree(home)
+    shutil.rmtree(hub.home)
     for wobble in ("0", "1e-6"):  # no weights: what was recorded is found, also if rounded anew
         status, out, error = hub(RECORD, HF_HUB_OFFLINE="1", WOBBLE=wobble)
         assert status == 0, error
@@ -475,7 +476,7 @@ def test_another_revision_is_another_model(hub):
     """The traces of one do not stand in for the other's."""
     status, _, error = hub(RECORD)
     assert status == 0, error
-    shutil.rmtree(Path(hub.handler.folder).parent / "home")
+    shutil.rmtree(hub.home)
     for option in ('revision="v9"', 'vae="some/vae"'):
         status, _, error = hub(f'memlib.load("some/model", {option})', HF_HUB_OFFLINE="1")
         assert status
@@ -486,7 +487,7 @@ def test_fetching_weights(hub):
     """What has a card but no weights is read from its traces, until they are fetched."""
     status, _, error = hub(RECORD)
     assert status == 0, error
-    shutil.rmtree(Path(hub.handler.folder).parent / "home")
+    shutil.rmtree(hub.home)
     kind = 'print(type(memlib.load("some/model").uncached).__name__)'
     assert hub(kind)[1].strip() == "RecordedModel"
     fetch = 'from memlib import cli; raise SystemExit(cli.main(["fetch", "some/model"]))'
@@ -518,7 +519,7 @@ def test_without_a_network(hub):
     hub.server.shutdown()
     hub.server.server_close()
     for more in ({}, {"HF_HUB_OFFLINE": "1"}):
-        status, _, error = hub('memlib.load("sd14")', **more)
+        status, _, error = hub(AT_ONCE + 'memlib.load("sd14")', **more)
         assert status
         assert "CompVis/stable-diffusion-v1-4@133a221b" in error[0]
         assert "is not on this machine and cannot be downloaded" in error[0], error[0]
@@ -551,15 +552,17 @@ def test_a_book_travels(hub, tmp_path):
         columns="multiplicity"
     ).to_csv(tmp_path / "pairs.csv", index=False)
     script = f"""
-import json, pathlib
+import json, os, pathlib
 from memlib.paths import ROOT
-from memlib.site import chapters, run
+from memlib.site import chapters, forked, run
 read = chapters.read(ROOT)
 defaults = {{name: chapters.parameters(name, read[name]) for name in {CHAPTERS}}}
 sizes = "{SIZES} pairs={tmp_path / "pairs.csv"}"
 chosen = chapters.choose(defaults, "full", {{}}, sizes, "some/model")
-for name in defaults:
-    run.execute(name, read[name], chosen[name], pathlib.Path("{tmp_path / "made"}"))
+with forked.python(os.environ | run.of_kernels()) as python:
+    for name in defaults:
+        made = pathlib.Path("{tmp_path / "made"}")
+        run.execute(name, read[name], chosen[name], made, python=python)
 """
 
     def results() -> dict:
@@ -574,7 +577,7 @@ for name in defaults:
     assert status == 0, error
     there = results()
     assert {"converge-earlier.json", "conditional-aligned.json"} <= there.keys()
-    shutil.rmtree(tmp_path / "home")
+    shutil.rmtree(hub.home)
     status, _, error = hub(script, HF_HUB_OFFLINE="1")
     assert status == 0, error
     assert results() == there

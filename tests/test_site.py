@@ -22,7 +22,7 @@ from sphinx_external_toc.parsing import parse_toc_yaml
 import memlib
 from memlib import claims
 from memlib.paths import ROOT
-from memlib.site import book, chapters, ledger
+from memlib.site import book, chapters, forked, ledger
 
 PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
 EXPECTED = tomllib.loads((ROOT / "tests/verdicts.toml").read_text())
@@ -268,11 +268,16 @@ def test_the_chapters_repeat_their_own_results(site, tmp_path):
     fresh = {"MEMLIB_CACHE": os.environ.get("REPEAT_FROM", ""), "MEMLIB_FRESH": "1"}
     environment = os.environ | (fresh if fresh["MEMLIB_CACHE"] else {})
     copies = [shutil.copy(notebook, tmp_path) for notebook in executed]  # each runs in its folder
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider",
-         "--nbval-lax", "--nbval-current-env", *copies],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    with forked.python(environment) as python:
+        (tmp_path / "kernels/forked").mkdir(parents=True)
+        arguments = [*python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        spec = {"argv": arguments, "display_name": "forked", "language": "python"}
+        (tmp_path / "kernels/forked/kernel.json").write_text(json.dumps(spec))
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider",
+             "--nbval-lax", "--nbval-kernel-name=forked", *copies],
+            env=environment | {"JUPYTER_PATH": str(tmp_path)}, capture_output=True, text=True,
+        )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
     first, again = (ledger.read(f) for f in (BUILT / "work/results", tmp_path / "results"))

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -120,7 +119,7 @@ for line in sys.stdin:
 
 
 @contextlib.contextmanager
-def loaded():
+def loaded(python: list[str]):
     """A process with the model loaded, which forks one that records.
 
     It is told after how many files, moved into place, its child kills itself; it gives the child's
@@ -128,7 +127,7 @@ def loaded():
     """
     script = FORKER.format(prompts=PROMPTS, small=SMALL)
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*python, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline().strip() == "ready"
 
@@ -145,14 +144,14 @@ def loaded():
 
 
 @pytest.fixture(scope="module")
-def forker():
-    with loaded() as start:
+def forker(forks):
+    with loaded(forks()) as start:
         yield start
 
 
 @pytest.fixture(scope="module")
-def other():
-    with loaded() as start:
+def other(forks):
+    with loaded(forks()) as start:
         yield start
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from nbformat import NotebookNode
 from traitlets.config import Config
 
 from memlib.hub.files import whole
-from memlib.site import digest
+from memlib.site import digest, forked
 from memlib.site.chapters import BookError, tagged
 
 
@@ -49,9 +50,9 @@ def run_these(todo: dict[str, str], build: Path, chapters: dict, chosen: dict) -
     workers = max(1, min(len(todo), cores, 4)) if small else 1
     titles = {name: f"[{n}/{len(chapters)}] {name} … " for n, name in enumerate(chapters, 1)}
 
-    def run_one(name: str, threads: int | None = None) -> float:
+    def run_one(name: str, *how) -> float:
         start, record = time.monotonic(), build / "executed" / f"{name}.json"
-        text = execute(name, chapters[name], chosen[name], build, threads)
+        text = execute(name, chapters[name], chosen[name], build, *how)
         seconds = round(time.monotonic() - start, 1)
         record.unlink(missing_ok=True)  # no moment at which it speaks of another notebook
         with whole(record.with_suffix(".ipynb")) as partial:
@@ -77,23 +78,25 @@ def run_these(todo: dict[str, str], build: Path, chapters: dict, chosen: dict) -
     print(f"{len(todo)} chapters, {workers} at once", flush=True)
     pool = ThreadPoolExecutor(workers)
     order = sorted(todo, key=lambda name: (records(chapters[name]), -len(str(chapters[name]))))
-    futures = {pool.submit(run_one, name, max(1, cores // workers)): name for name in order}
-    try:
-        for future in as_completed(futures):
-            name = futures[future]
-            print(titles[name], end="", flush=True)
-            if future.exception():
-                print("failed", flush=True)
-            print(f"{future.result()} s", flush=True)
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if "ipykernel_launcher" in child.cmdline():
-                    child.kill()
-        raise
-    finally:
-        pool.shutdown()
+    threads = max(1, cores // workers)
+    with forked.python(os.environ | of_kernels(threads), begin=len(todo) > workers) as python:
+        futures = {pool.submit(run_one, name, threads, python): name for name in order}
+        try:
+            for future in as_completed(futures):
+                name = futures[future]
+                print(titles[name], end="", flush=True)
+                if future.exception():
+                    print("failed", flush=True)
+                print(f"{future.result()} s", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if "ipykernel_launcher" in child.cmdline():
+                        child.kill()
+            raise
+        finally:
+            pool.shutdown()
 
 
 def records(chapter: NotebookNode) -> bool:
@@ -132,13 +135,25 @@ def place_paths(values: dict, work: Path) -> bool:
     return found
 
 
+def of_kernels(threads: int | None = None) -> dict[str, str]:
+    """What the environment of all kernels has of ours: nothing of a user's reaches them."""
+    own = {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "MATPLOTLIBRC": os.devnull,  # matplotlib's defaults, on which memlib.mplstyle goes
+        "PYTHONSTARTUP": "",
+    }
+    return own | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+
+
 def execute(
-    name: str, notebook: NotebookNode, chosen: dict, build: Path, threads: int | None = None
-) -> str:
+    name: str, notebook: NotebookNode, chosen: dict, build: Path, threads: int | None = None,
+    python: Sequence[str] = (sys.executable,),
+) -> str:  # fmt: skip
     """Run one chapter; return the notebook as text, without times and host names.
 
-    Its kernel is this very Python with its packages, and shows figures inline: a user's
-    kernelspecs, matplotlibrc, IPython profile and startup file do not reach it.
+    Its kernel is this very Python with its packages, or a fork of it (`memlib.site.forked`), and
+    shows figures inline: a user's kernelspecs, matplotlibrc, IPython profile and startup file do
+    not reach it.
     """
     log, work = build / f"{name}.traceback.txt", build / "work"
     log.unlink(missing_ok=True)
@@ -146,13 +161,9 @@ def execute(
     as_ipynb = nbformat.reads(jupytext.writes(notebook, fmt="ipynb"), as_version=4)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            environment = {
-                "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-                "MATPLOTLIBRC": os.devnull,  # matplotlib's defaults, on which memlib.mplstyle goes
-                "IPYTHONDIR": scratch,
-                "PYTHONSTARTUP": "",
-            } | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-            own = {"kernel_spec": KernelSpec(**get_kernel_dict(), env=environment)}
+            environment, spec = of_kernels(threads) | {"IPYTHONDIR": scratch}, get_kernel_dict()
+            spec["argv"] = [*python, *spec["argv"][spec["argv"].index("-m") :]]
+            own = {"kernel_spec": KernelSpec(**spec, env=environment)}
             result = papermill.execute_notebook(
                 as_ipynb, None, parameters=chosen, cwd=work, progress_bar=False,
                 kernel_name="python3", language="python",  # asked for, not looked up
