@@ -28,9 +28,9 @@ from memlib.site import forked
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first: at the end one worker would wait for the other."""
+    """Files with slow tests come first, and large ones: at the end a worker would wait for one."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, -item.path.stat().st_size))
 
 
 @pytest.fixture(scope="module")

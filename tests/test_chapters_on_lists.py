@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 SIZES = "every=1 steps=4 seeds=2 ddpm_seeds=2 draws=1 timesteps=(940,) unguided_seeds=1 "
 SIZES += "checkpoint_draws=1 scales=(3,) sweep_every=2 sweep_seeds=1 uncaptioned=2 many=4 "
 SIZES += "many_seeds=3 many_every=1 many_steps=4 few_steps=(2,) few_seeds=1 "
-SIZES += "first_steps=4 treated_steps=4 rare_seeds=2 blank=12 mitigation.every=3"
+SIZES += "first_steps=4 treated_steps=4 rare_seeds=2 blank=12 causes.every=2 mitigation.every=3"
 CORE = (
     "overestimated conditional-aligned unconditional-not-aligned converge-earlier image-ahead "
     "noise-behind d1-severity d2-severity almost-perfect guided-error conditional-loss"
