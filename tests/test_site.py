@@ -231,7 +231,7 @@ def test_answers_are_checked_against_the_run(site, browser):
 def test_the_pages_have_formulas_and_figures(site, browser):
     """So that the test above looks at something."""
     formulas = figures = 0
-    for page in chapters.read(ROOT):
+    for page in ("loss", "overestimation", "decomposition"):
         problems(browser, site / f"{page}.html")
         formulas += len(browser.find_elements("css selector", "mjx-container svg"))
         figures += len(browser.find_elements("css selector", "article figure img"))

@@ -58,12 +58,11 @@ def tiny(lab) -> AcceleratedModel:
 
 
 class Card:
-    """A pretended card: what a call takes is said, and torch.cuda's figures follow."""
+    """A pretended card and network: what a call takes is said, and torch.cuda's figures follow."""
 
     def __init__(self, model, monkeypatch, gigabytes: float):
         self.total, self.peak, self.sizes = int(gigabytes * 2**30), 0, []
         self.held = 2**30  # the weights
-        predict, decode = model.predict, model.decode
         cuda = dict(
             mem_get_info=lambda _: (self.total - self.held, self.total),
             memory_allocated=lambda _: self.held, memory_reserved=lambda _: self.held,
@@ -72,17 +71,18 @@ class Card:
         )  # fmt: skip
         for name, function in cuda.items():
             monkeypatch.setattr(torch.cuda, name, function)
-        monkeypatch.setattr(model, "predict", lambda *a: self.take(len(a[0]), 100, predict, a))
-        monkeypatch.setattr(model, "decode", lambda x: self.take(len(x), 0, decode, (x,)))
+        monkeypatch.setattr(model, "predict", lambda x, *_: self.take(x, 100))
+        monkeypatch.setattr(model, "decode", lambda x: self.take(x, 0))
         monkeypatch.setattr(model, "decoder", "float16")
 
-    def take(self, count: int, fixed: int, function, arguments):
+    def take(self, x, fixed: int):
         """Fixed megabytes, and 50 for each latent or picture."""
+        count = len(x)
         self.sizes.append(count)
         self.peak = max(self.peak, (fixed + 50 * count) * 2**20)
         if self.held + self.peak > self.total:
             raise torch.OutOfMemoryError("a pretended card")
-        return function(*arguments)
+        return x
 
 
 @pytest.mark.parametrize("gigabytes", [4, 8, 16, 1000])

@@ -3,7 +3,8 @@
 To import torch, diffusers and the rest is a third of most chapters' time. On Linux it is done once:
 ``python -SP forked.py SOCKET -m ipykernel_launcher ...`` stands for a fork of that process which
 runs ``-m ipykernel_launcher ...``, in its folder and environment, with its input and output. It
-passes signals on and has the fork's exit status; neither outlives the other.
+passes signals on and has the fork's exit status (137 where it was killed); neither outlives the
+other.
 """
 
 import contextlib
@@ -39,10 +40,10 @@ def python(environment: dict[str, str], begin: bool = True):
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{folder}/socket")
         listener.listen()
+        command = [sys.executable, "-P", __file__, str(listener.fileno())]
         process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(listener.fileno())], env=environment,
-            pass_fds=[listener.fileno()], start_new_session=True, stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            command, env=environment, pass_fds=[listener.fileno()], start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         listener.close()
         try:
@@ -62,12 +63,7 @@ def stand_in(address: str, arguments: list[str]) -> int:
         child = int(answers.readline() or sys.exit("the process that forks has ended"))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: os.kill(child, number))
-        status = int(answers.readline() or 1)
-    if status < 0:  # end by the same signal
-        with contextlib.suppress(OSError):  # of SIGKILL, which has no other action
-            signal.signal(-status, signal.SIG_DFL)
-        os.kill(os.getpid(), -status)
-    return status
+        return int(answers.readline() or 137)
 
 
 def serve(listener: socket.socket) -> None:
@@ -78,30 +74,13 @@ def serve(listener: socket.socket) -> None:
     for name in PACKAGES:
         with contextlib.suppress(Exception):  # who needs it is told so
             importlib.import_module(name)
-    connections = {}
-
-    def reap(*_) -> None:
-        while connections:
-            child, status = os.waitpid(-1, os.WNOHANG)
-            if not child:
-                return
-            with connections.pop(child) as connection, contextlib.suppress(OSError):
-                connection.send(b"%d\n" % os.waitstatus_to_exitcode(status))
-
-    signal.signal(signal.SIGCHLD, reap)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here asks how they ended
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-        child = os.fork()
-        if not child:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        connections[child] = connection
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-        if not child:
+        if not os.fork():
             listener.close()
-            for other in connections.keys() - {0}:
-                connections[other].close()
             run(connection)
+        connection.close()
 
 
 def run(connection: socket.socket) -> NoReturn:
@@ -110,8 +89,8 @@ def run(connection: socket.socket) -> NoReturn:
     import runpy
     import threading
     import traceback
-    from types import ModuleType
 
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     message, files, *_ = socket.recv_fds(connection, 1 << 20, 3)
     while not message.endswith(b"\n"):
         message += connection.recv(1 << 20)
@@ -122,34 +101,32 @@ def run(connection: socket.socket) -> NoReturn:
         os.close(file)
     connection.send(b"%d\n" % os.getpid())
     threading.Thread(target=lambda: connection.recv(1) or os._exit(1), daemon=True).start()
-    wanted, here = asked["environment"].items(), os.environ.items()
-    if others := {name for name, _ in wanted ^ here if name.startswith(READ)}:
-        print(f"{min(others)} is another one than where packages were imported", file=sys.stderr)
-        os._exit(1)
-    os.chdir(asked["folder"])
-    os.environ.clear()
-    os.environ.update(asked["environment"] | {"JPY_PARENT_PID": str(os.getppid())})
-    how, what, *rest = asked["arguments"]
-    status: int | str | None = 0
+    how, what, *sys.argv[1:] = asked["arguments"]
     try:
+        wanted, here = asked["environment"].items(), os.environ.items()
+        if others := {name for name, _ in wanted ^ here if name.startswith(READ)}:
+            raise SystemExit(f"{min(others)} is another one than where packages were imported")
+        os.chdir(asked["folder"])
+        os.environ.clear()
+        os.environ.update(asked["environment"] | {"JPY_PARENT_PID": str(os.getppid())})
+        sys.argv[0] = what if how == "-m" else how
         if how == "-m":
-            sys.argv = [what, *rest]
             runpy.run_module(what, run_name="__main__", alter_sys=True)
         else:
-            sys.argv = ["-c", *rest]
-            sys.modules["__main__"] = main = ModuleType("__main__")
+            sys.modules["__main__"] = main = type(sys)("__main__")
             exec(compile(what, "<string>", "exec"), main.__dict__)
+        status = 0
     except SystemExit as end:
-        status = end.code or 0
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
-        status = 1
-    if isinstance(status, str):
-        print(status, file=sys.stderr)
         status = 1
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
+    connection.send(b"%d\n" % status)
     os._exit(status)
 
 
