@@ -17,7 +17,7 @@ from filelock import FileLock
 from memlib import cli
 from memlib.paths import ROOT
 from memlib.runs import MAKES
-from memlib.site import book, chapters, digest, notebooks, run
+from memlib.site import book, chapters, digest, forked, notebooks, run
 
 FRONT = "---\nkernelspec: {name: python3, display_name: Python 3}\n---\n# A chapter\n\nProse.\n\n"
 CELL = "```{{code-cell}} ipython3\n{}\n```\n\n"
@@ -69,6 +69,18 @@ def build(root, monkeypatch, capfd):
         return cli.main(["book", *arguments]), *capfd.readouterr()
 
     return build
+
+
+FORKED = "real = f.python; f.PACKAGES = ('matplotlib.pyplot',); f.python = lambda e, begin: real(e)"
+
+
+@pytest.fixture(params=["", FORKED], ids=["started", "forked"])
+def kernels(request, monkeypatch):
+    """How kernels begin; a build of two chapters starts them, and they do not use torch."""
+    for name in ("python", "PACKAGES"):
+        monkeypatch.setattr(forked, name, getattr(forked, name))  # and back
+    exec(request.param, {"f": forked})
+    return request.param
 
 
 def outputs(root: Path, name: str, profile: str = "full") -> str:
@@ -286,7 +298,7 @@ def test_a_shipped_trace_that_is_no_longer_made_fails_the_build(root, build, mon
 @pytest.mark.parametrize(
     ("draws", "reason"), [(7, "ValueError: last line"), (8, "the kernel died")]
 )
-def test_a_failing_chapter_leaves_the_previous_result(root, draws, reason):
+def test_a_failing_chapter_leaves_the_previous_result(root, kernels, draws, reason):
     execute(root)
     kept = {path: path.read_bytes() for path in (root / "_build").rglob("*") if path.is_file()}
     with pytest.raises(chapters.BookError) as error:
@@ -299,7 +311,7 @@ def test_a_failing_chapter_leaves_the_previous_result(root, draws, reason):
     assert execute(root) == []
 
 
-def test_the_same_run_gives_the_same_bytes(root):
+def test_the_same_run_gives_the_same_bytes(root, kernels):
     execute(root, assignments="seeds=3")
     path = root / "_build/full/executed/one.ipynb"
     first = path.read_bytes()
@@ -343,7 +355,7 @@ def hostile(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(value))
 
 
-@pytest.mark.usefixtures("hostile")
+@pytest.mark.usefixtures("hostile", "kernels")
 def test_chapters_run_in_this_python_and_show_their_figures(root):
     (root / "book/one.md").write_text(PLOT.replace("CLOSED", "False"))
     assert execute(root) == ["one", "two"]
@@ -423,7 +435,7 @@ def test_another_model_brings_its_list():
     assert chapters.choose(defaults | {"flow": flow}, "full", {}, "", "sd14")["flow"] == {}
 
 
-def test_ctrl_c_stops_all_chapters_at_once(root):
+def test_ctrl_c_stops_all_chapters_at_once(root, kernels):
     """Two chapters that sleep are beside each other; what was made before stays."""
     execute(root)
     kept = outputs(root, "one")
@@ -432,7 +444,8 @@ def test_ctrl_c_stops_all_chapters_at_once(root):
         waits += "str(os.getpid()))\ntime.sleep(120)"
         (root / f"book/{name}.md").write_text(text + CELL.format(waits))
     code = f"import memlib.cli.book as b, pathlib, sys; b.ROOT = pathlib.Path('{root}'); "
-    code += "from memlib import cli; sys.exit(cli.main(['book']))"
+    code += f"from memlib import cli; from memlib.site import forked as f; {kernels}"
+    code += "\nsys.exit(cli.main(['book']))"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     files = [root / f"{name}.pid" for name in ("one", "two")]
     deadline = time.monotonic() + 90

@@ -112,6 +112,7 @@ def same_values(folder: Path, whole: Path, prompts: list[str]) -> None:
     assert all(ours[n].values.tobytes() == theirs[n].values.tobytes() for n in theirs.variables)
 
 
+@pytest.mark.slow
 def test_workers_in_trouble(session, lab, pairs, whole, tmp_path, monkeypatch, capfd):
     """One is killed, one hangs, an error cannot travel, and one prompt kills whoever has it.
 
@@ -298,6 +299,7 @@ def session_of(leader: int) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are counted in /proc")
 @pytest.mark.parametrize(
     ("when", "how"),
@@ -440,6 +442,7 @@ def test_a_model_without_a_name(pairs, tmp_path, lab):
 # ---------------------------------------------------------------------- a Ray of its own, a cluster
 
 
+@pytest.mark.slow
 def test_workers_from_the_command_line(whole, tmp_path):
     """Ray is started and stopped, and says nothing."""
     command = [*COMMAND.split(), "--workers", "2", "--store", tmp_path / "run"]

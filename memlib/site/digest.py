@@ -27,6 +27,7 @@ DATA = {
     "memlib/lab/train.py": "data/redrawn/SHA256SUMS",
     "memlib/lab/flow.py": "data/lab-flow/SHA256SUMS",
 }
+dumped = functools.cache(ast.dump)
 ALWAYS = ("data/lab/SHA256SUMS", "data/traces/SHA256SUMS", "constraints.txt")
 
 
@@ -36,7 +37,7 @@ def of_chapter(root: Path, notebook: NotebookNode, chosen: dict) -> str:
     trees = [tree_of(cell.source) for cell in cells]
     # a semicolon hides what a cell returns, and is not in its tree
     tags = [[cell.source.count(";"), cell.metadata.get("tags")] for cell in cells]
-    own = [ast.dump(tree) for tree in trees]
+    own = [dumped(tree) for tree in trees]
     return of_files(root, [*modules(root, trees), *ALWAYS], own, tags, chosen)
 
 
@@ -59,6 +60,7 @@ def does_and_uses(path: Path, _content: bytes) -> tuple[str, set[str]]:
     return code(path), names(ast.parse(path.read_text()))
 
 
+@functools.cache
 def tree_of(source: str) -> ast.AST:
     """A cell's syntax tree; where it is no Python, which running it will tell, just its text."""
     try:
@@ -87,6 +89,7 @@ def modules(root: Path, trees: Iterable[ast.AST]) -> set[str]:
     return found | {data for start, data in DATA.items() if any(f.startswith(start) for f in found)}
 
 
+@functools.cache
 def names(tree: ast.AST) -> set[str]:
     """What code imports of memlib, and what it reaches from there by attributes, dotted."""
     imported = [("memlib", "memlib")]

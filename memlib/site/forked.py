@@ -34,13 +34,14 @@ def python(environment: dict[str, str], begin: bool = True):
     import subprocess
     import tempfile
 
-    if not begin or sys.platform != "linux" or any(map(os.path.exists, GPUS)):
+    able = sys.platform == "linux" and not any(map(os.path.exists, GPUS))
+    if not begin or not able or len(tempfile.gettempdir()) > 80:  # a socket's name ends at 108
         yield [sys.executable]
         return
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{folder}/socket")
         listener.listen()
-        command = [sys.executable, "-P", __file__, str(listener.fileno())]
+        command = [sys.executable, "-P", __file__, str(listener.fileno()), *PACKAGES]
         process = subprocess.Popen(
             command, env=environment, pass_fds=[listener.fileno()], start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -66,12 +67,12 @@ def stand_in(address: str, arguments: list[str]) -> int:
         return int(answers.readline() or 137)
 
 
-def serve(listener: socket.socket) -> None:
-    """Import the packages, and fork for whoever asks; ends when its input does."""
+def serve(listener: socket.socket, packages: list[str]) -> None:
+    """Import packages, and fork for whoever asks; ends when its input does."""
     import importlib
     import select
 
-    for name in PACKAGES:
+    for name in packages:
         with contextlib.suppress(Exception):  # who needs it is told so
             importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here asks how they ended
@@ -132,6 +133,6 @@ def run(connection: socket.socket) -> NoReturn:
 
 if __name__ == "__main__":
     if sys.argv[1].isdigit():
-        serve(socket.socket(fileno=int(sys.argv[1])))
+        serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
     else:
         sys.exit(stand_in(sys.argv[1], sys.argv[2:]))
