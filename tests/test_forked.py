@@ -101,3 +101,10 @@ def test_elsewhere_it_is_python_itself(monkeypatch):
     monkeypatch.setattr(forked, "GPUS", (os.devnull,))
     with forked.python({}) as python:
         assert python == [sys.executable]
+
+
+def test_tables_are_shown_as_in_a_kernel_that_was_started(forks):
+    """Pandas looks for IPython while it is imported, and else cuts them to a terminal's width."""
+    script = "import pandas, memlib.site.page; print(pandas.get_option('display.max_columns'))"
+    run = subprocess.run([*forks(), "-c", script], capture_output=True, text=True)
+    assert run.stdout == "20\n"

@@ -28,6 +28,7 @@ from memlib.runs.store import prompt_rows
 from memlib.trace import score
 
 pd.set_option("display.max_colwidth", None)  # what is judged is a sentence
+pd.set_option("display.max_columns", 20)  # as pandas has it where IPython is there before
 
 VERBS = {"holds": "holds", "does not hold": "does not hold", "not decided": "is not decided"}
 
