@@ -25,6 +25,12 @@ WAITS = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137, "", ""),
         ("import atexit; atexit.register(print, 'end')", 0, "end\n", ""),
         ("import os; print(os.environ['OWN'], os.getcwd())", 0, "x /\n", ""),
+        ("import sys; sys.exit(-1)", 255, "", ""),
+        ("import sys; sys.exit(['a list'])", 1, "", "['a list']\n"),
+        ("import sys; sys.stderr.write('no end of line')", 0, "", "no end of line"),
+        ("import sys; print('x'); sys.stdout = None", 0, "x\n", ""),
+        ("import os; os.fork() or os._exit(3); print('parent')", 0, "parent\n", ""),
+        ("import os, sys; os.fork() or sys.exit(3); os.wait(); print('parent')", 0, "parent", ""),
         ("import sys; print(*{'torch', 'diffusers'} & {*sys.modules})", 0, "torch diffusers", ""),
     ],
 )
@@ -37,6 +43,12 @@ def test_it_runs_like_python(forks, script, status, out, error):
     assert sorted(run.stdout.split()) == sorted(out.split())
     assert run.stderr.endswith(error)
     assert error or not run.stderr
+
+
+def test_a_file_that_was_left_open_is_written(forks, tmp_path):
+    script = f"file = open({str(tmp_path / 'file')!r}, 'w'); file.write('hello')"
+    subprocess.run([*forks(), "-c", script], check=True)
+    assert (tmp_path / "file").read_text() == "hello"
 
 
 def test_a_module_is_run(forks):
@@ -72,20 +84,62 @@ def gone(pid: int) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_the_process_that_forks_ends_with_who_began_it():
-    script = f"""
-import os, subprocess
+def test_what_a_fork_has_begun_goes_with_it(forks):
+    """Also where the fork is busy outside of Python."""
+    script = "import os, re, subprocess; print(subprocess.Popen(['sleep', '60']).pid, os.getpid())"
+    script += "\nimport sys; sys.stdout.flush(); re.match('(a+)+$', 'a' * 40 + 'b')"
+    process = subprocess.Popen([*forks(), "-c", script], stdout=subprocess.PIPE, text=True)
+    grandchild, child = map(int, process.stdout.readline().split())
+    process.kill()
+    process.communicate()
+    gone(child)
+    gone(grandchild)
+
+
+def test_a_dead_fork_is_noticed_though_a_grandchild_lives(forks):
+    script = (
+        "import os, signal, subprocess, time\nif os.fork(): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    script += "\nos.closerange(0, 3); time.sleep(30)"
+    began = time.monotonic()
+    assert subprocess.run([*forks(), "-c", script]).returncode == 137
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_kernels_end_with_who_began_them(how):
+    script = """
+import os, time
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client import KernelManager
+from jupyter_client.kernelspec import KernelSpec
 from memlib.site import forked
-forked.PACKAGES = ()
+forked.PACKAGES = ("ipykernel.kernelapp",)
 with forked.python(dict(os.environ)) as python:
-    subprocess.run([*python, "-c", {WAITS!r}])
+    spec = get_kernel_dict()
+    spec["argv"] = [*python, *spec["argv"][1:]]
+    manager = KernelManager()
+    manager._kernel_spec = KernelSpec(**spec)
+    manager.start_kernel()
+    client = manager.blocking_client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    code = "import os; print(os.getpid(), os.getppid(), flush=True); import time; time.sleep(60)"
+    client.execute_interactive(code)
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as p:
-        child = int(p.stdout.readline())
-        parent = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
-        p.kill()
-    gone(parent)
-    os.kill(child, signal.SIGKILL)
+    command = [sys.executable, "-u", "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as p:
+        kernel, first = map(int, p.stdout.readline().split())
+        p.send_signal(how)
+    gone(kernel)
+    gone(first)
+
+
+def test_where_imports_end_the_process_python_itself_is_taken(monkeypatch, tmp_path):
+    (tmp_path / "broken.py").write_text("import os; os._exit(1)")
+    monkeypatch.setattr(forked, "PACKAGES", ("broken",))
+    with forked.python(os.environ | {"PYTHONPATH": str(tmp_path)}) as python:
+        assert python == [sys.executable]
 
 
 def test_what_packages_have_read_is_not_changed_afterwards(forks):

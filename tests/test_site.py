@@ -24,6 +24,7 @@ import memlib
 from memlib import claims
 from memlib.paths import ROOT
 from memlib.site import book, chapters, forked, ledger
+from memlib.site.run import of_kernels
 
 PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
 EXPECTED = tomllib.loads((ROOT / "tests/verdicts.toml").read_text())
@@ -265,7 +266,7 @@ def test_the_chapters_repeat_their_own_results(site, tmp_path):
     executed = sorted((BUILT / "executed").glob("*.ipynb"))
     assert len(executed) == len(chapters.read(ROOT))
     fresh = {"MEMLIB_CACHE": os.environ.get("REPEAT_FROM", ""), "MEMLIB_FRESH": "1"}
-    environment = os.environ | (fresh if fresh["MEMLIB_CACHE"] else {})
+    environment = os.environ | of_kernels() | (fresh if fresh["MEMLIB_CACHE"] else {})
     copies = [shutil.copy(notebook, tmp_path) for notebook in executed]  # each runs in its folder
     with forked.python(environment) as python:
         (tmp_path / "kernels/forked").mkdir(parents=True)

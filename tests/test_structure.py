@@ -25,7 +25,7 @@ ROOMS = (
 )  # each may import those before it
 MADE_IN_HUB = ("hub/sscd.py", "hub/accelerated.py", "hub/flow.py")  # scores; half precision; flows
 METHODS, METHOD_LINES = ("detection", "mitigation"), 970
-CORE_LINES, TOTAL_LINES, LOOP_LINES = 1900, 8340, 60
+CORE_LINES, TOTAL_LINES, LOOP_LINES = 1900, 8375, 60
 
 
 def name_of(file: Path) -> str:
