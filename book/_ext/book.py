@@ -29,11 +29,6 @@ def configure(app, config):
     }  # fmt: skip
 
 
-def write_beside(app, env):
-    """Pages are written by as many processes as there are cores; they are read by one."""
-    app.parallel = os.cpu_count() or 1
-
-
 def copy_mathjax(app, exception):
     if exception is None:
         package = importlib.metadata.distribution("sphinx-mathjax-offline")
@@ -101,7 +96,6 @@ def link(text, icon, url):
 
 def setup(app):
     app.connect("config-inited", configure)
-    app.connect("env-check-consistency", write_beside)
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", keep_icons)
     app.connect("html-page-context", page, priority=900)
