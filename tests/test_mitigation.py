@@ -289,6 +289,7 @@ def test_callbacks_see_what_they_saw(pipe):
     assert torch.equal(seen[7][1], before[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False], ids=["compiled before", "compiled after"])
 def test_compiled(pipe, first):
     before = made(pipe)
@@ -450,9 +451,14 @@ def test_a_distilled_model_is_only_reported_on(pipe):
 @pytest.mark.slow
 def test_on_the_architecture_of_stable_diffusion():
     """SD v1.4's U-Net with random weights, and the lab's words in its width."""
-    unet = UNet2DConditionModel.from_config(
-        UNet2DConditionModel.load_config(CONFIGS / "sd14" / "unet")
-    ).eval()
+    with torch.device("meta"):  # filled once, not twice: random weights of this size take a while
+        unet = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(CONFIGS / "sd14" / "unet")
+        ).eval()
+    unet = unet.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.uniform_(-0.02, 0.02)
     config = CLIPTextConfig.from_pretrained(CONFIGS / "sd14" / "text_encoder")
     tokenizer = memlib.load("lab", "cpu").pipe.tokenizer
     config.num_hidden_layers, config.vocab_size = 1, len(tokenizer)

@@ -163,6 +163,7 @@ def files(folder: Path) -> int:
     return sum(f.is_file() and ".work" not in f.parts for f in folder.rglob("*"))
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(forker, whole, tmp_path):
     """Twenty SIGKILLs; each run is started again until it is finished, and equals one never hurt.
 
