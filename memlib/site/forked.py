@@ -20,8 +20,8 @@ PACKAGES = (  # the first one silences what the others say
     "seaborn", "ipykernel.kernelapp",
 )  # fmt: skip
 READ = (
-    "CUDA_", "HF_", "HOME", "MATPLOTLIB", "MKL_", "MPL", "OMP_", "OPENBLAS_", "PYTHON", "TMPDIR",
-    "TRANSFORMERS_", "TZ", "XDG_",
+    "CUDA_", "HF_", "HOME", "MATPLOTLIB", "MKL_", "MPL", "OMP_", "OPENBLAS_", "PYTHONHASHSEED",
+    "PYTHONPATH", "TMPDIR", "TRANSFORMERS_", "TZ", "XDG_",
 )  # fmt: skip
 GPUS = ("/dev/nvidiactl", "/dev/kfd")  # what has looked at one cannot be forked
 
