@@ -381,6 +381,98 @@ def test_a_chapter_without_its_figure_is_not_done(root):
     assert path.read_bytes() == before
 
 
+SHOWN = FRONT.replace("Prose.", "Prose, and a [](two).") + CELL.format(
+    FIGURE + "import matplotlib.pyplot as plt\nplt.plot([1, 2]);"
+)
+MORE = SHOWN[SHOWN.index("```") :].replace("fig-one", "fig-new")
+GLOSSARY = "# Glossary\n\n**loss**\n: What is made small.\n\n**seed**\n: What fixes the noise.\n"
+OTHER = "# A page\n\nSee [](one), {numref}`fig-two` and {eq}`law` {cite}`kim2025memorize`.\n"
+FORMULA = "\n$$a = b$$ (law)\n\nOf a seed.\n\n"
+
+
+def write(root: Path, name: str, old: str = "", new: str = "") -> None:
+    file = root / name
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new) if old else text + new)
+
+
+# What is edited, and the pages that are then written: the root is one of them; None is all.
+EDITS = {
+    "prose": (("book/one.md", "Prose", "Better prose"), {"one"}),
+    "a plain page": (("book/plain.md", "", "\nMore of a seed.\n"), {"one", "plain"}),
+    "a picture": (("book/one.md", "[1, 2]", "[1, 3]"), {"one"}),
+    "a title": (("book/one.md", "# A chapter", "# A first chapter"), None),
+    "a figure before": (("book/one.md", "", MORE), None),
+    "a citation": (("book/plain.md", "", "\n{cite}`song2021ddim`\n"), None),
+    "a definition": (("book/glossary.md", "the noise", "the first noise"), None),
+    "no picture": (("book/one.md", FIGURE + "import", "import"), None),
+    "a style": (("book/_static/custom.css", "", "\nbody {top: 0}\n"), None),
+    "fewer pages": (
+        ("_toc.yml", ", {file: spare}", ""),
+        {"one", "two", "plain", "glossary", "references"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_site_of_which_parts_are_built_is_that_built_whole(root):
+    """To the byte, after each edit; and a warning is not forgotten where nothing was edited."""
+    for name in ("_config.yml", "constraints.txt"):
+        shutil.copy(ROOT / name, root)
+    for name in ("_ext", "_static"):
+        shutil.copytree(ROOT / "book" / name, root / "book" / name)
+    shutil.copy(ROOT / "book/references.bib", root / "book")
+    shutil.copy(ROOT / "book/references.md", root / "book")
+    pages = {"one": SHOWN, "two": SHOWN.replace("one", "two") + FORMULA, "plain": OTHER}
+    for name, text in (pages | {"glossary": GLOSSARY, "spare": "# Spare\n\nOne.\n"}).items():
+        (root / f"book/{name}.md").write_text(text)
+    files = ", ".join(f"{{file: {n}}}" for n in ("two", "plain", "glossary", "references", "spare"))
+    (root / "_toc.yml").write_text(
+        f"format: jb-book\nroot: one\nparts: [{{chapters: [{files}]}}]\n"
+    )
+    subprocess.run(["git", "init", "-q", root], check=True)
+    url = "https://github.com/someone/a-book"
+    subprocess.run(["git", "-C", root, "remote", "add", "origin", url], check=True)
+    made = root / "_build/full"
+    (made / "live").mkdir(parents=True)
+    (made / "live/lab.js").write_text("")
+
+    def build() -> tuple[dict[str, bytes], set[str]]:
+        """All files of the site, and the pages that were written."""
+        execute(root)
+        book.stage(root, made, chapters.read(root))
+        site = book.build_site(root, made, chapters.read(root))
+        files = {str(f.relative_to(site)): f.read_bytes() for f in site.rglob("*") if f.is_file()}
+        written = re.findall(
+            r"writing output\.\.\. \[ *\d+%\] (\S+)", (made / "site.log").read_text()
+        )
+        return files, set(written)
+
+    def whole() -> dict[str, bytes]:
+        shutil.rmtree(made / "site")
+        (made / "site.digest").unlink()
+        return build()[0]
+
+    before, every = build()
+    assert before.keys() >= {"sitemap.xml", "notebooks/one.ipynb", *(f"{n}.html" for n in every)}
+    for name, (edit, others) in EDITS.items():
+        write(root, *edit)
+        files, written = build()
+        assert files != before, name
+        assert written == (others or every), name
+        shutil.rmtree(made / "site")
+        (made / "site.digest").unlink()
+        before, every = build()
+        assert [n for n in files | before if files.get(n) != before.get(n)] == [], name
+    write(root, "book/two.md", "(law)", "(rule)")
+    for _ in range(2):
+        with pytest.raises(chapters.BookError, match="site was not built"):
+            build()
+    write(root, "book/plain.md", "`law`", "`rule`")
+    assert build()[1] == every
+
+
 @pytest.mark.parametrize(
     ("remote", "expected"),
     [

@@ -18,15 +18,51 @@ def configure(app, config):
         return
     owner, name = url.split("/")[-2:]
     config.html_baseurl = config.html_baseurl or f"https://{owner.lower()}.github.io/{name}/"
-    app.setup_extension("sphinx_sitemap")
     app.setup_extension("sphinxext.opengraph")
-    config.sitemap_url_scheme = "{link}"
     config.ogp_site_url = config.html_baseurl
     config.ogp_description_length = 0  # it would be raw LaTeX; pages bring their own description
     # a card for each page, with its title
     config.ogp_social_cards = {
         "image": "_static/social.png", "image_mini": "_static/social.png", "line_color": "#1f4e9c"
     }  # fmt: skip
+
+
+def all_pages(app, env):
+    """Every page is written again when one changed what others show of it.
+
+    That is titles, numbers, labels, citations and definitions; Sphinx alone would write those
+    pages that it has read.
+    """
+    domains = env.domaindata
+    shown = [env.titles, env.toctree_includes, env.toc_secnumbers, env.toc_fignumbers]
+    shown += [domains["std"]["labels"], domains["std"]["anonlabels"], domains["math"]["objects"]]
+    shown = [each.items() for each in [*shown, env.definitions]]
+    shown = [sorted(map(repr, each)) for each in [*shown, domains["cite"]["citation_refs"]]]
+    before, env.shown = getattr(env, "shown", []), shown
+    if env.shown == before:
+        return []
+    shutil.rmtree(Path(app.outdir) / app.builder.imagedir, ignore_errors=True)  # and titles' cards
+    return env.found_docs
+
+
+def drop_pictures(app, exception):
+    """Leave only the pictures that pages show."""
+    if exception is None:
+        shown = {name for _, name in app.env.images.values()}
+        for file in (Path(app.outdir) / app.builder.imagedir).glob("*.*"):
+            if file.name not in shown:
+                file.unlink()
+
+
+def write_sitemap(app, exception):
+    if exception is None and app.config.html_baseurl:
+        pages = [f"{app.config.html_baseurl}{name}.html" for name in sorted(app.env.found_docs)]
+        (Path(app.outdir) / "sitemap.xml").write_text(
+            '<?xml version="1.0" encoding="utf-8"?>\n'
+            '<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n'
+            + "".join(f"<url><loc>{page}</loc></url>\n" for page in pages)
+            + "</urlset>\n"
+        )
 
 
 def copy_mathjax(app, exception):
@@ -96,6 +132,9 @@ def link(text, icon, url):
 
 def setup(app):
     app.connect("config-inited", configure)
+    app.connect("env-get-updated", all_pages, priority=900)  # after Sphinx has given numbers
+    app.connect("build-finished", drop_pictures)
+    app.connect("build-finished", write_sitemap)
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", keep_icons)
     app.connect("html-page-context", page, priority=900)

@@ -30,6 +30,12 @@ NARROW = 960  # pixels of a plot whose letters can still be read at the width of
 PLAIN = (nodes.reference, nodes.literal, nodes.strong, nodes.emphasis, nodes.caption, nodes.raw)
 
 
+def forget(app, env, docname):
+    """Before the glossary is read, or read again, there are no definitions."""
+    if docname == GLOSSARY or not hasattr(env, "definitions"):
+        env.definitions = {}
+
+
 def read_glossary(app, doctree):
     """Give each term of the glossary an address, and keep its definition."""
     if app.env.docname != GLOSSARY:
@@ -148,7 +154,7 @@ def stack(app, pagename, templatename, context, doctree):
 
 
 def setup(app):
-    app.connect("env-before-read-docs", lambda app, env, names: setattr(env, "definitions", {}))
+    app.connect("env-purge-doc", forget)
     app.connect("doctree-read", read_glossary)
     app.connect("doctree-resolved", define)
     app.connect("html-page-context", stack)

@@ -8,6 +8,7 @@ merged with the outputs at hand.
 """
 
 import contextlib
+import filecmp
 import functools
 import os
 import re
@@ -105,13 +106,18 @@ def live_lab(root: Path, made: Path) -> Iterator[None]:
 
 
 def stage(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
-    """Gather what Sphinx reads: executed chapters, plain pages, bibliography, static files."""
-    folder = made / "stage"
-    shutil.rmtree(folder, ignore_errors=True)
+    """Gather what Sphinx reads: executed chapters, plain pages, bibliography, static files.
+
+    A file that is as it was keeps its time, by which Sphinx knows what to read again.
+    """
+    folder, old = made / "stage", made / "stage.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     unread = shutil.ignore_patterns(
         "_ext", "_live", "*.toml", "__pycache__", *(f"{n}.md" for n in read)
     )
-    shutil.copytree(root / "book", folder, ignore=unread)
+    shutil.copytree(root / "book", folder, ignore=unread, copy_function=shutil.copyfile)
     for name, chapter in read.items():
         executed = nbformat.read(made / "executed" / f"{name}.ipynb", as_version=4)
         page = nbformat.from_dict(merge(about.with_times(made, name, chapter), executed))
@@ -121,6 +127,11 @@ def stage(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
     if (made / "live").is_dir():
         # Not beside the static files: jupyter-book has every page load every script there.
         shutil.copytree(made / "live", folder / "extra" / "live")
+    for file in folder.rglob("*"):
+        before = old / file.relative_to(folder)
+        if before.is_file() and filecmp.cmp(before, file, shallow=False):
+            shutil.copystat(before, file)
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -146,19 +157,27 @@ def folded(cell: dict) -> dict:
 
 
 def build_site(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
-    """Build the site beside the old one and swap, unless nothing changed; return its folder."""
+    """Build the site beside the old one and swap, unless nothing changed; return its folder.
+
+    Where pages alone changed since a build that succeeded, Sphinx reads those again, and writes
+    them or, if they changed what other pages show, all (``book/_ext/book.py``).
+    """
     site = (root / "_build" if made.name == "full" else made) / "html"
     folder, record, log, output = (made / n for n in ("stage", "site.digest", "site.log", "site"))
     url = notebooks.repository(root)
+    pages = {file for end in ("md", "ipynb", "csv") for file in folder.glob(f"*.{end}")}
     settings = [root / name for name in ("_config.yml", "_toc.yml", "constraints.txt")]
-    files = [*folder.rglob("*"), *root.glob("book/_ext/*.py"), *settings]
-    wanted = digest.of_files(root, [str(file.relative_to(root)) for file in files], url)
-    if (site / "index.html").exists() and record.exists() and record.read_text() == wanted:
+    others = {*folder.rglob("*"), *root.glob("book/_ext/*.py"), *settings} - pages
+    names = ([str(file.relative_to(root)) for file in files] for files in (others, pages))
+    wanted = [digest.of_files(root, files, url) for files in names]
+    known = record.read_text().split() if record.exists() else [""]
+    if (site / "index.html").exists() and known == wanted:
         return site
     print("[site] … ", end="", flush=True)
-    start = time.monotonic()
-    shutil.rmtree(output, ignore_errors=True)
-    command = [Path(sys.executable).parent / "jupyter-book", "build", folder, "--all"]
+    start, html = time.monotonic(), output / "_build/html"
+    record.unlink(missing_ok=True)  # as long as a build has not succeeded, the next one is whole
+    shutil.rmtree(output if known[0] != wanted[0] else html / "_static", ignore_errors=True)
+    command = [Path(sys.executable).parent / "jupyter-book", "build", folder]
     command += ["--config", root / "_config.yml", "--toc", root / "_toc.yml"]
     command += ["--path-output", output, "-W", "-n", "--keep-going"]
     environment = {**os.environ, "BOOK_REPOSITORY": url, "PYTHONHASHSEED": "0"}
@@ -171,12 +190,15 @@ def build_site(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
         lines = [line.replace(f"{folder}/", "") for line in dict.fromkeys(found)]
         print(*lines[:10], sep="\n", file=sys.stderr)
         raise BookError(f"the site was not built; all messages are in {log}")
-    notebooks.write(root, read, output / "_build/html/notebooks")
-    record.unlink(missing_ok=True)
+    new, old = made / "site.new", made / "site.old"
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(html, new)
+    notebooks.write(root, read, new / "notebooks")
     if site.exists():
-        site.rename(output / "old")
-    (output / "_build/html").rename(site)
-    shutil.rmtree(output)
-    record.write_text(wanted)
+        site.rename(old)
+    new.rename(site)
+    shutil.rmtree(old, ignore_errors=True)
+    record.write_text("\n".join(wanted))
     print(f"{time.monotonic() - start:.1f} s", flush=True)
     return site
