@@ -8,13 +8,13 @@ merged with the outputs at hand.
 """
 
 import contextlib
-import filecmp
 import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,33 +74,34 @@ def sampled_again(root: Path, made: Path, fresh: bool, part: float) -> Iterator[
         (made / "compared.json").unlink(missing_ok=True)
         return
     command = [*COMPARE, made / "compared.json", "--part", str(part)]
-    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
-    try:
+    with beside(root, command, "the comparison failed"):
         yield
-        errors = process.communicate()[1]
-        if process.returncode:
-            raise BookError((errors.strip().splitlines() or ["the comparison failed"])[-1])
-    finally:
-        process.kill()
 
 
 @contextlib.contextmanager
 def live_lab(root: Path, made: Path) -> Iterator[None]:
     """Meanwhile, the scripts of the lab in the page are written, where they changed."""
-    sources = [str(file.relative_to(root)) for file in root.glob("book/_live/*")]
+    sources = [*root.glob("book/_live/*")]
     wanted = digest.of_files(root, [*sources, "memlib/site/live.py", "data/lab/SHA256SUMS"])
     record, folder = made / "live.digest", made / "live"
     if not sources or (folder.is_dir() and record.exists() and record.read_text() == wanted):
         yield
         return
     record.unlink(missing_ok=True)
-    process = subprocess.Popen([*LIVE, folder], cwd=root, stderr=subprocess.PIPE, text=True)
+    with beside(root, [*LIVE, folder], "the live lab failed"):
+        yield
+    record.write_text(wanted)
+
+
+@contextlib.contextmanager
+def beside(root: Path, command: list, failed: str) -> Iterator[None]:
+    """Meanwhile, another process does this; the last line it leaves is the error if it fails."""
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
     try:
         yield
         errors = process.communicate()[1]
         if process.returncode:
-            raise BookError((errors.strip().splitlines() or ["the live lab failed"])[-1])
-        record.write_text(wanted)
+            raise BookError((errors.strip().splitlines() or [failed])[-1])
     finally:
         process.kill()
 
@@ -110,10 +111,9 @@ def stage(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
 
     A file that is as it was keeps its time, by which Sphinx knows what to read again.
     """
-    folder, old = made / "stage", made / "stage.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
+    folder = made / "stage"
+    before = {f: (f.read_bytes(), f.stat()) for f in folder.rglob("*") if f.is_file()}
+    shutil.rmtree(folder, ignore_errors=True)
     unread = shutil.ignore_patterns(
         "_ext", "_live", "*.toml", "__pycache__", *(f"{n}.md" for n in read)
     )
@@ -124,14 +124,9 @@ def stage(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
         (folder / f"{name}.ipynb").write_text(nbformat.writes(page) + "\n")
     ledger.write_pages(made / "work" / "results", folder, made / "compared.json")
     about.write_pages(root, made, read, notebooks.repository(root))
-    if (made / "live").is_dir():
-        # Not beside the static files: jupyter-book has every page load every script there.
-        shutil.copytree(made / "live", folder / "extra" / "live")
-    for file in folder.rglob("*"):
-        before = old / file.relative_to(folder)
-        if before.is_file() and filecmp.cmp(before, file, shallow=False):
-            shutil.copystat(before, file)
-    shutil.rmtree(old, ignore_errors=True)
+    for file, (content, stat) in before.items():
+        if file.is_file() and file.read_bytes() == content:
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     return folder
 
 
@@ -165,11 +160,10 @@ def build_site(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
     site = (root / "_build" if made.name == "full" else made) / "html"
     folder, record, log, output = (made / n for n in ("stage", "site.digest", "site.log", "site"))
     url = notebooks.repository(root)
-    pages = {file for end in ("md", "ipynb", "csv") for file in folder.glob(f"*.{end}")}
-    settings = [root / name for name in ("_config.yml", "_toc.yml", "constraints.txt")]
-    others = {*folder.rglob("*"), *root.glob("book/_ext/*.py"), *settings} - pages
-    names = ([str(file.relative_to(root)) for file in files] for files in (others, pages))
-    wanted = [digest.of_files(root, files, url) for files in names]
+    pages = {f for f in folder.rglob("*") if f.suffix in (".md", ".ipynb", ".csv")}
+    others = {*folder.rglob("*"), *root.glob("book/_ext/*.py"), *(made / "live").glob("*")} - pages
+    settings = ["_config.yml", "_toc.yml", "constraints.txt"]
+    wanted = [digest.of_files(root, [*others, *settings], url), digest.of_files(root, pages)]
     known = record.read_text().split() if record.exists() else [""]
     if (site / "index.html").exists() and known == wanted:
         return site
@@ -182,23 +176,22 @@ def build_site(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
     command += ["--path-output", output, "-W", "-n", "--keep-going"]
     environment = {**os.environ, "BOOK_REPOSITORY": url, "PYTHONHASHSEED": "0"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    messages = click.unstyle(done.stdout + done.stderr)
-    log.write_text(messages)
+    log.write_text(messages := click.unstyle(done.stdout + done.stderr))
     if done.returncode:
         print("failed", flush=True)
-        found = re.findall(r"^.*(?:WARNING|ERROR|Error):.*$", messages, re.MULTILINE)
-        lines = [line.replace(f"{folder}/", "") for line in dict.fromkeys(found)]
-        print(*lines[:10], sep="\n", file=sys.stderr)
+        told = messages.replace(f"{folder}/", "")
+        found = re.findall(r"^.*(?:WARNING|ERROR|Error):.*$", told, re.MULTILINE)
+        print(*list(dict.fromkeys(found))[:10], sep="\n", file=sys.stderr)
         raise BookError(f"the site was not built; all messages are in {log}")
-    new, old = made / "site.new", made / "site.old"
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.copytree(html, new)
-    notebooks.write(root, read, new / "notebooks")
-    if site.exists():
-        site.rename(old)
-    new.rename(site)
-    shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=made) as scratch:
+        new = shutil.copytree(html, Path(scratch, "new"))
+        notebooks.write(root, read, new / "notebooks")
+        if (made / "live").is_dir():
+            # Not beside the static files: jupyter-book has every page load every script there.
+            shutil.copytree(made / "live", new / "live")
+        if site.exists():
+            site.rename(Path(scratch, "old"))
+        new.rename(site)
     record.write_text("\n".join(wanted))
     print(f"{time.monotonic() - start:.1f} s", flush=True)
     return site

@@ -41,16 +41,16 @@ def of_chapter(root: Path, notebook: NotebookNode, chosen: dict) -> str:
     return of_files(root, [*modules(root, trees), *ALWAYS], own, tags, chosen)
 
 
-def of_files(root: Path, files: Iterable[str], *more) -> str:
-    """Hash of files by their paths below `root`, Python's by what it does; and of `more`."""
+def of_files(root: Path, files: Iterable[str | Path], *more) -> str:
+    """Hash of files by their names, paths below `root`, Python's by what it does; and of `more`."""
     total = hashlib.sha256(json.dumps(more, sort_keys=True).encode())
-    for file in sorted(files):
+    for file in sorted(files, key=str):
         path = root / file
         if path.is_file():
             content = path.read_bytes()
             if path.suffix == ".py":
                 content = does_and_uses(path, content)[0].encode()
-            total.update(file.encode() + content)
+            total.update(str(file).encode() + content)
     return total.hexdigest()
 
 

@@ -150,23 +150,14 @@ def write_pages(results: Path, folder: Path, compared: Path | None = None) -> No
     own = [r for r in in_order(own) if r["measure"] in ("", "ncc")]
     for name in ("matrix", "ledger", "findings", "forest"):
         text = templates.get_template(f"{name}.md").render(
-            claims=CLAIMS,
-            notes=notes,
-            scores=scores,
-            pair=pair,
-            found=found,
-            missing=missing,
-            others=others,
-            agree=agree,
-            headings=headings,
-            weak=weak,
-            needed=needed,
+            claims=CLAIMS, notes=notes, scores=scores, pair=pair, found=found, missing=missing,
+            others=others, agree=agree, headings=headings, weak=weak, needed=needed,
             said={row["claim"]: (row["verdict"], said(row)) for row in own},
             findings=[said(row) for row in own if row["claim"] in FINDINGS],
             bars=[bar for row in own if (bar := bar_of(row))],
             flows={build_of(row) for row in rows if row["sampler"] == EULER},
             again=json.loads(compared.read_text()) if compared and compared.exists() else None,
-        )
+        )  # fmt: skip
         (folder / f"_{name}.md").write_text(text)
     (folder / "_static").mkdir(exist_ok=True)
     table = pd.DataFrame(map(flat, in_order(rows)), columns=COLUMNS)
