@@ -92,13 +92,13 @@ def modules(root: Path, trees: Iterable[ast.AST]) -> set[str]:
 @functools.cache
 def names(tree: ast.AST) -> set[str]:
     """What code imports of memlib, and what it reaches from there by attributes, dotted."""
-    imported = [("memlib", "memlib")]
-    for node in ast.walk(tree):
+    imported, nodes = [("memlib", "memlib")], [*ast.walk(tree)]
+    for node in nodes:
         if isinstance(node, ast.Import | ast.ImportFrom):
             origin = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             imported += [(alias.asname or alias.name, origin + alias.name) for alias in node.names]
     bound, found = dict(imported), [name for _, name in imported]
-    found += [dotted(node, bound) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    found += [dotted(node, bound) for node in nodes if isinstance(node, ast.Attribute)]
     return {name for name in found if name.startswith("memlib.")}
 
 
