@@ -387,6 +387,7 @@ SHOWN = FRONT.replace("Prose.", "Prose, and a [](two).") + CELL.format(
 MORE = SHOWN[SHOWN.index("```") :].replace("fig-one", "fig-new")
 GLOSSARY = "# Glossary\n\n**loss**\n: What is made small.\n\n**seed**\n: What fixes the noise.\n"
 OTHER = "# A page\n\nSee [](one), {numref}`fig-two` and {eq}`law` {cite}`kim2025memorize`.\n"
+SIZE = CELL.format(":tags: [parameters]\nseeds: int = 10")
 FORMULA = "\n$$a = b$$ (law)\n\nOf a seed.\n\n"
 
 
@@ -407,6 +408,7 @@ EDITS = {
     "a citation": (("book/plain.md", "", "\n{cite}`song2021ddim`\n"), None),
     "a definition": (("book/glossary.md", "the noise", "the first noise"), None),
     "no picture": (("book/one.md", FIGURE + "import", "import"), None),
+    "a size": (("book/profiles.toml", "", "[t4]\ntwo.seeds = 4\n"), {"one"}),
     "a style": (("book/_static/custom.css", "", "\nbody {top: 0}\n"), None),
     "fewer pages": (
         ("_toc.yml", ", {file: spare}", ""),
@@ -424,7 +426,7 @@ def test_a_site_of_which_parts_are_built_is_that_built_whole(root):
         shutil.copytree(ROOT / "book" / name, root / "book" / name)
     shutil.copy(ROOT / "book/references.bib", root / "book")
     shutil.copy(ROOT / "book/references.md", root / "book")
-    pages = {"one": SHOWN, "two": SHOWN.replace("one", "two") + FORMULA, "plain": OTHER}
+    pages = {"one": SHOWN, "two": SHOWN.replace("one", "two") + FORMULA + SIZE, "plain": OTHER}
     for name, text in (pages | {"glossary": GLOSSARY, "spare": "# Spare\n\nOne.\n"}).items():
         (root / f"book/{name}.md").write_text(text)
     files = ", ".join(f"{{file: {n}}}" for n in ("two", "plain", "glossary", "references", "spare"))
@@ -442,7 +444,7 @@ def test_a_site_of_which_parts_are_built_is_that_built_whole(root):
         """All files of the site, and the pages that were written."""
         execute(root)
         book.stage(root, made, chapters.read(root))
-        site = book.build_site(root, made, chapters.read(root))
+        site = book.build_site(root, made)
         files = {str(f.relative_to(site)): f.read_bytes() for f in site.rglob("*") if f.is_file()}
         written = re.findall(
             r"writing output\.\.\. \[ *\d+%\] (\S+)", (made / "site.log").read_text()

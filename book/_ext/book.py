@@ -40,7 +40,7 @@ def all_pages(app, env):
     shown = [sorted(map(repr, each)) for each in [*shown, domains["cite"]["citation_refs"]]]
     before, env.shown = getattr(env, "shown", []), shown
     if env.shown == before:
-        return []
+        return [app.config.root_doc]  # where no page is written, static files are not either
     shutil.rmtree(Path(app.outdir) / app.builder.imagedir, ignore_errors=True)  # and titles' cards
     return env.found_docs
 

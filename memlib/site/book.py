@@ -53,7 +53,7 @@ def build(
             with live_lab(root, made):
                 run.run_changed(root, made, read, chosen, fresh, check)
             stage(root, made, read)
-            return build_site(root, made, read)
+            return build_site(root, made)
     except Timeout:
         raise BookError(f"another build of {profile!r} is running here: wait for it") from None
 
@@ -124,6 +124,7 @@ def stage(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
         (folder / f"{name}.ipynb").write_text(nbformat.writes(page) + "\n")
     ledger.write_pages(made / "work" / "results", folder, made / "compared.json")
     about.write_pages(root, made, read, notebooks.repository(root))
+    notebooks.write(root, read, folder / "notebooks")
     for file, (content, stat) in before.items():
         if file.is_file() and file.read_bytes() == content:
             os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -151,7 +152,7 @@ def folded(cell: dict) -> dict:
     return cell | {"metadata": cell["metadata"] | {"tags": [*tags, "hide-input"]}}
 
 
-def build_site(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
+def build_site(root: Path, made: Path) -> Path:
     """Build the site beside the old one and swap, unless nothing changed; return its folder.
 
     Where pages alone changed since a build that succeeded, Sphinx reads those again, and writes
@@ -185,10 +186,9 @@ def build_site(root: Path, made: Path, read: dict[str, NotebookNode]) -> Path:
         raise BookError(f"the site was not built; all messages are in {log}")
     with tempfile.TemporaryDirectory(dir=made) as scratch:
         new = shutil.copytree(html, Path(scratch, "new"))
-        notebooks.write(root, read, new / "notebooks")
-        if (made / "live").is_dir():
-            # Not beside the static files: jupyter-book has every page load every script there.
-            shutil.copytree(made / "live", new / "live")
+        # Among the static files jupyter-book would have every page load the scripts in "live".
+        for part in filter(Path.is_dir, (folder / "notebooks", made / "live")):
+            shutil.copytree(part, new / part.name)
         if site.exists():
             site.rename(Path(scratch, "old"))
         new.rename(site)
