@@ -64,6 +64,14 @@ def test_a_packed_trace_is_the_trace(shipped):
             np.testing.assert_array_equal(v.values, trace[name].values)
 
 
+def test_a_packed_trace_of_noised_images_is_whole(lab, tmp_path):
+    """An identity that the loss chapter shows holds to 1e-11 before and after."""
+    pairs = memlib.load_pairs("lab").iloc[:2]
+    trace = memlib.forward_trace(lab, pairs, timesteps=[100, 600, 999], draws=2, progress=False)
+    packed.pack(trace, tmp_path / "forward.zip")
+    np.testing.assert_array_equal(packed.unpack(tmp_path / "forward.zip")["gram"], trace.gram)
+
+
 def test_it_is_read_and_nothing_is_sampled(lab, shipped):
     pairs, trace, _ = shipped
     read = memlib.cached(reverse_trace, lab, pairs)

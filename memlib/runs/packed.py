@@ -2,8 +2,7 @@
 
 A file is a ZIP of `about.json` and one LZMA stream for each variable. Of what is symmetric the
 lower half is kept: scalar products, as differences from the step before, with 32 bits of mantissa
-(1e-10 of a number: they are subtracted from each other), and distances with 24. Those of noised
-images, which are few, are kept whole.
+(1e-10 of a number; those of noised images, which are few, with all), and distances with 24.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import xarray as xr
 from memlib.hub.files import whole
 from memlib.runs.plan import COLUMNS
 
+CUT = {"gram": 52 - 32, "seed_distance": 52 - 24}  # bits of the mantissa
 BROKEN = (OSError, ValueError, KeyError, BadZipFile, lzma.LZMAError, EOFError)
 
 
@@ -30,9 +30,9 @@ def pack(trace: xr.Dataset, file: Path, **about) -> None:
             values, delta = v.values, []
             if _symmetric(v.dims):
                 values = np.moveaxis(values[..., *np.tril_indices(v.shape[-1])], -1, 0).copy()
-            cut = {"gram": 52 - 32, "seed_distance": 52 - 24}.get(name)
-            if cut and "step" in v.dims:
-                bits = (values.view(np.int64) + (1 << (cut - 1))) & -(1 << cut)
+            if name in CUT and "step" in v.dims:
+                cut = CUT[name] * ("draw" not in v.dims)
+                bits = (values.view(np.int64) + (1 << cut >> 1)) & -(1 << cut)
                 values = np.diff(bits, axis=v.dims.index("step") + 1, prepend=0)
             if name == "image" and (row := v.shape[-2] * v.shape[-1]) <= 256:  # less the row above
                 delta = [{"id": lzma.FILTER_DELTA, "dist": row}]
@@ -66,7 +66,7 @@ def unpack(file: Path) -> dict[str, xr.Variable]:
             data = np.frombuffer(lzma.decompress(packed.read(name)), np.uint8)
             data = np.moveaxis(data.reshape(dtype.itemsize, *kept), 0, -1)
             values = np.ascontiguousarray(data).view(dtype)[..., 0]
-            if name in ("gram", "seed_distance") and "step" in dims:
+            if name in CUT and "step" in dims:
                 steps = dims.index("step") + 1
                 values = np.cumsum(values.view(np.int64), steps).view(dtype)
             if half is not None:
