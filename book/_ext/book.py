@@ -41,7 +41,7 @@ def all_pages(app, env):
     before, env.shown = getattr(env, "shown", []), shown
     if env.shown == before:
         return [app.config.root_doc]  # where no page is written, static files are not either
-    shutil.rmtree(Path(app.outdir) / app.builder.imagedir, ignore_errors=True)  # and titles' cards
+    shutil.rmtree(Path(app.outdir) / "_images", ignore_errors=True)  # cards show titles
     return env.found_docs
 
 
@@ -49,14 +49,15 @@ def drop_pictures(app, exception):
     """Leave only the pictures that pages show."""
     if exception is None:
         shown = {name for _, name in app.env.images.values()}
-        for file in (Path(app.outdir) / app.builder.imagedir).glob("*.*"):
+        for file in (Path(app.outdir) / "_images").glob("*.*"):
             if file.name not in shown:
                 file.unlink()
 
 
 def write_sitemap(app, exception):
     if exception is None and app.config.html_baseurl:
-        pages = [f"{app.config.html_baseurl}{name}.html" for name in sorted(app.env.found_docs)]
+        base = app.config.html_baseurl.rstrip("/")
+        pages = [f"{base}/{name}.html" for name in sorted(app.env.found_docs)]
         (Path(app.outdir) / "sitemap.xml").write_text(
             '<?xml version="1.0" encoding="utf-8"?>\n'
             '<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n'
