@@ -468,7 +468,7 @@ def test_a_site_of_which_parts_are_built_is_that_built_whole(root):
             assert files != before, name
             assert written == (pages or every), name
         shutil.rmtree(made / "site")
-        (made / "site.digest").unlink()
+        (made / "site.digest").write_text("")  # as a full disk leaves it
         whole, every = build()
         assert [n for n in files | whole if files.get(n) != whole.get(n)] == [], [*group]
     write(root, "book/two.md", "(law)", "(rule)")

@@ -165,13 +165,13 @@ def build_site(root: Path, made: Path) -> Path:
     others = {*folder.rglob("*"), *root.glob("book/_ext/*.py"), *(made / "live").glob("*")} - pages
     settings = ["_config.yml", "_toc.yml", "constraints.txt"]
     wanted = [digest.of_files(root, [*others, *settings], url), digest.of_files(root, pages)]
-    known = record.read_text().split() if record.exists() else [""]
+    known = record.read_text().split() if record.exists() else []
     if (site / "index.html").exists() and known == wanted:
         return site
     print("[site] … ", end="", flush=True)
     start, html = time.monotonic(), output / "_build/html"
     record.unlink(missing_ok=True)  # as long as a build has not succeeded, the next one is whole
-    shutil.rmtree(output if known[0] != wanted[0] else html / "_static", ignore_errors=True)
+    shutil.rmtree(output if known[:1] != wanted[:1] else html / "_static", ignore_errors=True)
     command = [Path(sys.executable).parent / "jupyter-book", "build", folder]
     command += ["--config", root / "_config.yml", "--toc", root / "_toc.yml"]
     command += ["--path-output", output, "-W", "-n", "--keep-going"]
