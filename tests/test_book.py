@@ -385,8 +385,10 @@ SHOWN = FRONT.replace("Prose.", "Prose, and a [](two).") + CELL.format(
     FIGURE + "import matplotlib.pyplot as plt\nplt.plot([1, 2]);"
 )
 MORE = SHOWN[SHOWN.index("```") :].replace("fig-one", "fig-new")
-GLOSSARY = "# Glossary\n\n**loss**\n: What is made small.\n\n**seed**\n: What fixes the noise.\n"
+GLOSSARY = "# Glossary\n\n## Terms\n\n"
+GLOSSARY += "**loss**\n: What is made small.\n\n**seed**\n: What fixes the noise.\n"
 OTHER = "# A page\n\nSee [](one), {numref}`fig-two` and {eq}`law` {cite}`kim2025memorize`.\n"
+OTHER += "\nAnd [](glossary.md#terms).\n"
 SIZE = CELL.format(":tags: [parameters]\nseeds: int = 10")
 FORMULA = "\n$$a = b$$ (law)\n\nOf a seed.\n\n"
 
@@ -409,6 +411,7 @@ EDITS = [
     {"a title": (("book/one.md", "# A chapter", "# A first chapter"), None)},
     {
         "a figure before": (("book/one.md", "", MORE), None),
+        "a heading": (("book/glossary.md", "## Terms", "## TERMS"), None),
         "a citation": (("book/plain.md", "", "\n{cite}`song2021ddim`\n"), None),
         "a definition": (("book/glossary.md", "the noise", "the first noise"), None),
         "no picture": (("book/one.md", FIGURE + "import", "import"), None),

@@ -30,13 +30,17 @@ def configure(app, config):
 def all_pages(app, env):
     """Every page is written again when one changed what others show of it.
 
-    That is titles, numbers, labels, citations and definitions; Sphinx alone would write those
-    pages that it has read.
+    That is titles, headings, numbers, labels, citations and definitions; Sphinx alone would write
+    those pages that it has read.
     """
     domains = env.domaindata
     shown = [env.titles, env.toctree_includes, env.toc_secnumbers, env.toc_fignumbers]
     shown += [domains["std"]["labels"], domains["std"]["anonlabels"], domains["math"]["objects"]]
-    shown = [each.items() for each in [*shown, env.definitions]]
+    headings = {  # without their lines
+        name: [(slug, *told[1:]) for slug, told in page.get("myst_slugs", {}).items()]
+        for name, page in env.metadata.items()
+    }
+    shown = [each.items() for each in [*shown, headings, env.definitions]]
     shown = [sorted(map(repr, each)) for each in [*shown, domains["cite"]["citation_refs"]]]
     before, env.shown = getattr(env, "shown", []), shown
     if env.shown == before:

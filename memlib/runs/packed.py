@@ -18,7 +18,7 @@ import xarray as xr
 from memlib.hub.files import whole
 from memlib.runs.plan import COLUMNS
 
-CUT = {"gram": 52 - 32, "seed_distance": 52 - 24}  # bits of the mantissa
+CUT = {"gram": 52 - 32, "seed_distance": 52 - 24}  # bits that are left out
 BROKEN = (OSError, ValueError, KeyError, BadZipFile, lzma.LZMAError, EOFError)
 
 
